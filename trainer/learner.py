@@ -59,6 +59,8 @@ READER_POLL_S, LOSSES_RETRY_S = 1.0, 10.0
 """Seconds between two checks for a reader of row losses, and after a failed write of them."""
 CONTROL_S = 0.05
 """Seconds between two polls of control."""
+IDLE_TICKS = 50
+"""Of so many polls without a record, one shows the account and the guard."""
 RECORDS = 32
 """The most records of one poll."""
 NO_CONSENT = Consent()
@@ -308,7 +310,7 @@ class Learner:
         self.place: TrainingPlace
         self._faults: tuple[str, ...] = ()
         self._polled_s, self.caught_up, self.taken_ms = float("-inf"), False, 0
-        self._behind, self._steps_s = False, 0.0
+        self._behind, self._steps_s, self._idle_ticks = False, 0.0, 0
 
     def enter(self, control: Control) -> None:
         """Restores what `control` requires: the newest version of its epoch, else its base, else an untrained state.
@@ -400,8 +402,10 @@ class Learner:
                 logger.info("epoch %d: caught up at offset %d", self.place.epoch, self.place.next)
             self._catching_up.check(self.place, self.control, self._publications.busy)
         self._metrics.caught_up.set(self.caught_up)
-        self._faults = accounts.show(self._account(), self._metrics, self._faults)
-        self._updates.show()
+        self._idle_ticks = 0 if count else self._idle_ticks + 1
+        if self._idle_ticks < 2 or self._idle_ticks % IDLE_TICKS == 0:
+            self._faults = accounts.show(self._account(), self._metrics, self._faults)
+            self._updates.show()
         return count
 
     def _account(self) -> dict[str, int]:

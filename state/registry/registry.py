@@ -56,7 +56,7 @@ _FOLDERS: dict[Kind, str] = {
 _CACHED = 64
 """Number of manifests kept in memory, about 33 kB each: the most recently used. Reading one again takes 0.1 ms."""
 # A directory that changes again within one tick of the file system's clock, at most 10 ms, keeps its modification time.
-_TICK_NS = 20_000_000
+_TICK_NS = 12_000_000
 
 _log = logging.getLogger(__name__)
 
