@@ -5,9 +5,9 @@ It has lists by the user's newest category, by the user's newest item, and in `E
 candidates are those of the model, with logits s(c). share(k, c) is the decayed clicks of c in list k, divided by all
 decayed clicks of that list:
 
-    features   f(c) = [ s(c) | log(1 + 1000 share(k, c)) for each source k and each of `LIVES_READ` half-lives | OWN ]
+    features   f(c) = [ s(c) | log(1 + 1000 share(k, c)) for each source k and each half-life of `LIVES_USED` | OWN ]
     logit      s'(c) = sum over features a and columns p of w[a, p] * f_a(c) * phi_p
-    phi        1 | the user's last event is 30 minutes old | 2, 4 of the latest 5 events have the newest category
+    phi        1 | recency of the user's last event / 128 | 2, 4 of the latest 5 events have the newest category
 
 OWN is 0 for categories that are not among the user's own. The initial w gives s' = s. The trainer learns w by softmax
 regression (`trainer/engine/interest_counts.py`), and serving answers with the softmax of s'. Both use `gather` and
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from state.compiled import compiled, layout, part_of_sums, read_only
 from state.compiled.logarithms import logarithms
 from state.compiled.mixing import mix
+from state.features.arrays import NEVER
 from state.features.spec import FeatureSpec
 from state.ranking.item_lists import ENTRIES, LISTS_OF_EVERYTHING, NEXT_CATEGORY, ItemLists, decays
 
@@ -35,8 +36,11 @@ I16 = NDArray[np.int16]
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 
-LIVES_READ = 2
-"""The half-lives that are features: 30 minutes and 4 hours."""
+LIVES_USED = (0, 2)
+"""The half-lives that are features: 30 minutes and 36 hours."""
+
+LIVES_READ = len(LIVES_USED)
+"""Their number."""
 
 SOURCES = 3
 """All clicks, the newest category, the newest item."""
@@ -68,8 +72,8 @@ _PLACES, _MARKS = 16 * COUNTED, 4096
 FIRST_HIT = 1 + COUNTED
 """The column of `Workspace.logs` from which on it has the features of `hits`."""
 _LAST_PLACE, _LAST_MARK = np.uint64(_PLACES - 1), np.uint64(_MARKS - 1)
-_PAUSE = np.uint16(86)
-"""30 minutes, in eight steps an octave of 1.024 s."""
+_RECENCY_SCALE = np.float32(1.0 / 128.0)
+"""Of a recency in phi. It has eight steps per octave of time: 69 after 30 minutes, 114 after a day, 255 without events."""
 
 
 def first_weights() -> F64:
@@ -106,11 +110,11 @@ class ColumnInputs(NamedTuple):
 def write_phi(features: U16, category_windows: U16, inputs: ColumnInputs, phi: F32) -> None:
     """Writes phi of n users, `[n, COLUMNS]` float32, from `[n, D]` and `[n, L, F]` uint16."""
     for i in range(phi.shape[0]):
-        pause = True
+        recency = NEVER
         for column in inputs.recency:
-            pause = pause and features[i, column] >= _PAUSE
+            recency = min(recency, int(features[i, column]))
         same = category_windows[i, 0, inputs.latest]
-        phi[i, 0], phi[i, 1] = np.float32(1.0), np.float32(pause)
+        phi[i, 0], phi[i, 1] = np.float32(1.0), np.float32(recency) * _RECENCY_SCALE
         phi[i, 2], phi[i, 3] = np.float32(same >= 2), np.float32(same >= 4)
 
 
@@ -194,7 +198,7 @@ class Workspace(NamedTuple):
 @part_of_sums
 def _decays(lists: ItemLists, row: int, at_s: int, factors: F32) -> None:
     """Writes by what the counts of a list are decayed at a time."""
-    factors[0], factors[1], _ = decays(max(0, at_s - lists.at_s[row]))
+    factors[0], _, factors[1] = decays(max(0, at_s - lists.at_s[row]))
 
 
 @part_of_sums
@@ -224,7 +228,7 @@ def gather_everything(lists: ItemLists, rows: I32, at_s: int, work: Workspace) -
     for row in rows:
         _decays(lists, row, at_s, work.decays)
         for h in range(LIVES_READ):
-            totals[h] += lists.totals[row, h] * work.decays[h]
+            totals[h] += lists.totals[row, LIVES_USED[h]] * work.decays[h]
         for k in range(_LISTED):
             category = lists.ids[row, k]
             if category == np.uint64(0):
@@ -232,7 +236,7 @@ def gather_everything(lists: ItemLists, rows: I32, at_s: int, work: Workspace) -
             work.places[_place(category, work)] = count
             work.counted[count] = category
             for h in range(LIVES_READ):
-                work.values[h, count] = lists.counts[row, h, k] * work.decays[h]
+                work.values[h, count] = lists.counts[row, LIVES_USED[h], k] * work.decays[h]
             count += 1
     for h in range(LIVES_READ):
         work.values[h, 0] = np.float32(1.0)
@@ -300,7 +304,7 @@ def gather(lists: ItemLists, rows: I32, at_s: int, i: int, work: Workspace) -> t
         if row != 0:
             _decays(lists, row, at_s, work.decays)
             for h in range(LIVES_READ):
-                work.decays[h] *= _SCALE / (lists.totals[row, h] * work.decays[h] + np.float32(0.5))
+                work.decays[h] *= _SCALE / (lists.totals[row, LIVES_USED[h]] * work.decays[h] + np.float32(0.5))
             for k in range(_LISTED):
                 category = lists.ids[row, k]
                 if category == np.uint64(0):
@@ -314,7 +318,7 @@ def gather(lists: ItemLists, rows: I32, at_s: int, i: int, work: Workspace) -> t
                 # Overwritten by the next one if this is no candidate.
                 work.hits[count] = slot
                 for h in range(LIVES_READ):
-                    work.values[h, count] = np.float32(1.0) + lists.counts[row, h, k] * work.decays[h]
+                    work.values[h, count] = np.float32(1.0) + lists.counts[row, LIVES_USED[h], k] * work.decays[h]
                 count += int(slot >= 0)
         if source == 0:
             first = count

@@ -65,7 +65,7 @@ Flags = npt.NDArray[np.bool_]
 ROWS_OF_A_LIST = 8
 """`trainer.max_rows` allows one list for so many rows."""
 CAPACITY = 1024
-RATE = 0.05
+RATE = 0.03
 ROWS_BETWEEN = 64
 """The features by all clicks are computed again after so many rows of an update."""
 _AHEAD = 4
@@ -293,12 +293,11 @@ def _teach(
         differences[FIRST_OWN + j] = shares[j] * features[3, j]
     differences[FIRST_OWN + 2], differences[FIRST_OWN + 3] = own, rank
     weights, squares = learned
-    for p in range(COLUMNS):
-        if phi[i, p] != np.float32(0.0):
-            for a in range(FEATURES):
-                gradient = np.float64(differences[a] * phi[i, p])
-                squares[a, p] += gradient * gradient
-                weights[a, p] += RATE * gradient / np.sqrt(squares[a, p] + 1e-3)
+    for a in range(FEATURES):
+        for p in range(COLUMNS):
+            gradient = np.float64(differences[a] * phi[i, p])
+            squares[a, p] += gradient * gradient
+            weights[a, p] += RATE * gradient / np.sqrt(squares[a, p] + 1e-3)
 
 
 @compiled(

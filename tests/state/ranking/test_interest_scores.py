@@ -5,7 +5,19 @@ from __future__ import annotations
 import numpy as np
 
 from state.compiled import compiled
-from state.ranking.interest_scores import COLUMNS, FEATURES, MASKED, READ, Workspace, correct, first_weights
+from state.features.arrays import NEVER
+from state.features.spec import FeatureSpec
+from state.ranking.interest_scores import (
+    COLUMNS,
+    FEATURES,
+    LIVES_USED,
+    MASKED,
+    READ,
+    Columns,
+    Workspace,
+    correct,
+    first_weights,
+)
 from state.ranking.item_lists import HALF_LIVES_S, ItemLists, count_click
 
 IDS = np.array([[5, 9, 0, 7, 5, 11]], np.uint64)
@@ -35,6 +47,17 @@ def corrected(weights: np.ndarray, phi: np.ndarray) -> np.ndarray:
     return logits[0]
 
 
+def test_the_time_since_the_last_event_of_any_action_is_a_column_of_phi() -> None:
+    spec = FeatureSpec()
+    vectors = spec.empty(3)
+    recency = [spec.names.index(f"{action}.recency") for action in spec.actions]
+    vectors.features[:, recency] = NEVER
+    vectors.features[1, recency[:2]] = 86, 131
+    vectors.features[2, recency[-1]] = 0
+    phi = Columns(spec).phi(vectors.features, vectors.category_windows)
+    np.testing.assert_allclose(phi[:, 1], [NEVER / 128, 86 / 128, 0.0])
+
+
 def test_the_first_weights_change_nothing() -> None:
     phi = np.ones((1, COLUMNS), np.float32)
     assert corrected(first_weights(), phi).tolist() == LOGITS[0].tolist()
@@ -46,14 +69,14 @@ def test_logits_are_those_of_the_formula() -> None:
     features = np.zeros((FEATURES, 6))
     there = LOGITS[0] > MASKED / 2
     features[0] = np.where(there, LOGITS[0], 0.0)
-    for life, half_life_s in enumerate(HALF_LIVES_S[:2]):
-        kept = 2.0 ** (-(AT_S - made.at_s) / half_life_s)
+    for number, life in enumerate(LIVES_USED):
+        kept = 2.0 ** (-(AT_S - made.at_s) / HALF_LIVES_S[life])
         for source, rows in enumerate(([1, 2], [3], [4])):
             total = sum(made.totals[row, life] * kept[row] for row in rows)
             for row in rows:
                 for category, count in zip(made.ids[row], made.counts[row, life] * kept[row], strict=True):
                     of_it = there & (IDS[0] == category) & (category != 0)
-                    features[1 + 2 * source + life, of_it] = np.log1p(1000 * count / (total + 0.5))
+                    features[1 + 2 * source + number, of_it] = np.log1p(1000 * count / (total + 0.5))
     features[7:, 0] = 1.0, 0.0, 1.0, 0.0
     features[7:, 1] = 0.0, 1.0, 1.0, np.log(2) / 3
     wanted = np.where(there, (weights @ phi[0]) @ features, MASKED)
