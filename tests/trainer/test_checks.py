@@ -29,6 +29,7 @@ from trainer.engine.graphs import engine_name
 from trainer.engine.step import Trainer
 from trainer.model.inputs import Input, own_rows, pick
 from trainer.model_checks import check_own
+from trainer.versions.lowering import build as build_program
 
 EXAMPLE = "deploy.examples.own_model.tower:build"
 
@@ -156,7 +157,7 @@ def test_an_option_that_the_default_functions_do_not_read_is_refused(tmp_path: P
         check_model(settings, FeatureSpec.from_settings(settings), None)
 
 
-def test_every_weight_of_a_custom_tower_is_trained() -> None:
+def test_a_custom_tower_trains_and_its_program_gives_the_same_answers() -> None:
     trainer = fresh("--model.tower", EXAMPLE)
     before = trainer.model.weights()
     losses = [trainer.step(batch).interest_log_loss for batch in batches(0, 40)]
@@ -164,6 +165,7 @@ def test_every_weight_of_a_custom_tower_is_trained() -> None:
     after = trainer.model.weights()
     for name in ("kernel_0", "cross_in", "cross_hidden", "cross_out", "kernel_1", "kernel_2", "bias_0"):
         assert (before[f"tower.{name}"] != after[f"tower.{name}"]).any(), f"{name} was not trained"
+    build_program(trainer.ranker())
 
 
 def test_the_trainer_refuses_it_before_any_wait(tmp_path: Path) -> None:
