@@ -25,14 +25,15 @@ def logarithms(values: F32, bits: I32, logs: F32, count: int, first: int) -> Non
         first: A column of `logs`.
     """
     for a in range(values.shape[0]):
+        to = logs[a, first : first + count]
         # In two loops, because `bits` is a view of `values`.
         for j in range(count):
             exponent = (bits[a, j] >> np.int32(23)) - np.int32(127)
-            logs[a, first + j] = np.float32(exponent) * _LN2
+            to[j] = np.float32(exponent) * _LN2
             bits[a, j] -= exponent << np.int32(23)
         for j in range(count):
             # log m = 2 artanh t for m in [1, 2).
             t = (values[a, j] - np.float32(1.0)) / (values[a, j] + np.float32(1.0))
             u = t * t
             series = np.float32(1 / 3) + u * (np.float32(1 / 5) + u * (np.float32(1 / 7) + u * np.float32(1 / 9)))
-            logs[a, first + j] += np.float32(2.0) * t * (np.float32(1.0) + u * series)
+            to[j] += np.float32(2.0) * t * (np.float32(1.0) + u * series)

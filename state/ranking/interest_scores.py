@@ -276,12 +276,13 @@ def place_popular(first: int, popular: U64, work: Workspace) -> None:
 @part_of_sums
 def take_popular(first: int, popular: U64, logits: F32, i: int, work: Workspace) -> None:
     """Sets the slots of the popular categories, with the logits of row i, before `take_candidate` sets the other slots."""
+    candidates, features = work.candidates[first:], work.features[0, first:]
     for j in range(popular.shape[0]):
         there = logits[i, j] > _THERE
-        category = popular[j] if there else np.uint64(0)
-        work.candidates[first + j] = category
-        work.features[0, first + j] = logits[i, j] if there else np.float32(0.0)
-        work.marks[category & _LAST_MARK] = first + j + 1
+        candidates[j] = popular[j] if there else np.uint64(0)
+        features[j] = logits[i, j] if there else np.float32(0.0)
+    for j in range(popular.shape[0]):
+        work.marks[candidates[j] & _LAST_MARK] = first + j + 1
 
 
 @part_of_sums

@@ -339,12 +339,13 @@ def _learn_and_count(
         hits = gather(lists, rows, at_s[i], i, work)
         score(weights, phi, i, hits, work)
         if before + learned >= LEAST_ROWS:
+            of_popular, of_successors = work.scores[own:], work.scores[own + ranks :]
             for j in range(own):
                 logits.recent[i, j] = work.scores[j]
             for j in range(ranks):
-                logits.popular[i, j] = work.scores[own + j]
+                logits.popular[i, j] = of_popular[j]
             for j in range(successor.shape[1]):
-                logits.successor[i, j] = work.scores[own + ranks + j]
+                logits.successor[i, j] = of_successors[j]
         if category[i] != np.uint64(0):
             if 0 <= slot[i] < candidates:
                 _teach(slot[i], phi, i, hits, shares, bits, (weights, squares), work)

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from state.compiled import layout
 from trainer.model.default_model import NET_HIDDEN, NEXT_HIDDEN
+from trainer.model.hyperparameters import HYPERPARAMETERS
 
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
@@ -136,7 +137,7 @@ FROM_HEADS = {
 
 
 @layout(
-    "f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[::1], f4[::1], f4[::1], f4[::1], FastWeights"
+    "f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[::1], f4[:, ::1], f4[:, ::1], f4[::1], FastWeights"
 )
 class HeadInputs(NamedTuple):
     """The inputs of the heads from the tower, the tables and the dense weights, float32.
@@ -150,8 +151,8 @@ class HeadInputs(NamedTuple):
         category: `[u, dim]` distinct category rows.
         item: `[v, dim]` distinct item rows.
         prior: `[3]` factors: of a known label, of its log probability, of the log probability of another label.
-        item_bias: `[dim]`
-        category_bias: `[dim]`
+        item_bias: `[1, dim]`
+        category_bias: `[1, dim]`
         crossed: `[B]` logit of the crosses of each row's own pair.
         fast: The weights that change within the step.
     """
@@ -170,7 +171,7 @@ class HeadInputs(NamedTuple):
     fast: FastWeights
 
 
-@layout("f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], FastWeights")
+@layout("f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[::1], f4[:, ::1], f4[:, ::1], FastWeights")
 class Gradients(NamedTuple):
     """Derivatives of the loss by the learned arrays of `HeadInputs`, in their shapes.
 
@@ -188,15 +189,15 @@ class Gradients(NamedTuple):
     fast: FastWeights
 
 
-BLOCK = 16
-"""Rows whose candidates pass through the nets together, so that loops cover several hundred of them in cache."""
+BLOCK = HYPERPARAMETERS.fast_rows
+"""Rows whose candidates pass through the nets together. After each block the fast weights move."""
 
 
 @layout(
-    "i4[::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[::1], f4[:, ::1], f4[::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[::1], f4[::1], f4[:, ::1], f4[:, ::1]"
+    "i4[::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[::1], f4[:, ::1], f4[::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[::1], f4[::1]"
 )
 class Workspace(NamedTuple):
-    """Scratch arrays for a block of `n` rows.
+    """Scratch arrays for a block of n rows.
 
     Attributes:
         firsts: `[n + 1]` int32, the index of each row's first category among the categories of the block.
@@ -211,8 +212,6 @@ class Workspace(NamedTuple):
         next_hidden: `[K, n * (P + S)]`, the hidden units of the net over `next_logs`.
         transition_logits: `[n * (P + S)]`, the logit of each candidate from how often it came next.
         transition_gradient: `[n * (P + S)]`, the derivative by `transition_logits`.
-        net_gradient: `[F, H]`, the derivative by the first layer of the window net.
-        features_gradient: `[U, H + K]`, the derivative by the weights of the users' features.
     """
 
     firsts: I32
@@ -227,17 +226,14 @@ class Workspace(NamedTuple):
     next_hidden: F32
     transition_logits: F32
     transition_gradient: F32
-    net_gradient: F32
-    features_gradient: F32
 
     @classmethod
-    def of(cls, facts: Facts, user_width: int) -> Workspace:
+    def of(cls, facts: Facts) -> Workspace:
         """Scratch arrays for blocks of `BLOCK` rows of `facts`."""
         recent_categories, width = facts.windows.shape[1], facts.log_scale.size
         rows, hidden, most = BLOCK, NET_HIDDEN + NEXT_HIDDEN, BLOCK * recent_categories
-        candidates = rows * (facts.popular_mask.shape[1] + facts.successor_mask.shape[1])
-        columns = facts.popular_next.shape[2]
+        candidates, columns = facts.popular_mask.shape[1] + facts.successor_mask.shape[1], facts.popular_next.shape[2]
         shapes = [(rows, width), (most, width), (most, NET_HIDDEN), (most,), (rows, hidden), (most,), (rows, hidden)]
-        shapes += [(columns, candidates), (NEXT_HIDDEN, candidates), (candidates,), (candidates,)]
-        shapes += [(width, NET_HIDDEN), (user_width, hidden)]
+        shapes += [(columns, candidates * rows), (NEXT_HIDDEN, candidates * rows)]
+        shapes += [(candidates * rows,), (candidates * rows,)]
         return cls(np.zeros(rows + 1, np.int32), *(np.zeros(shape, np.float32) for shape in shapes))

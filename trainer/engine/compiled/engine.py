@@ -271,8 +271,8 @@ class CompiledEngine:
             category=category,
             item=item,
             prior=weights["prior"],
-            item_bias=weights["item_bias"],
-            category_bias=weights["category_bias"],
+            item_bias=weights["item_bias"][None],
+            category_bias=weights["category_bias"][None],
             crossed=crossed,
             fast=FastWeights(*(weights[name] for name in FAST)),
         )

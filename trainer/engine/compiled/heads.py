@@ -7,7 +7,7 @@ For each row, in the order of the batch:
 2. Candidates are scored without dropout for the measures: softmax, log loss, rank of the target (`measure_interest`).
 3. Engagement: the row's own item, and its negative if one was drawn. The contribution of its crosses is an input.
 4. The derivatives of interest, with dropout if there is any (`learn_interest`).
-5. After each `FAST_ROWS` rows the fast weights move, before the next row is scored.
+5. After each block of rows the fast weights move, before the next row is scored.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from trainer.engine.compiled.tower import FIRST, HEADS
 from trainer.engine.compiled.window_net import LOGARITHMS, user_hidden_of, window_net, window_net_gradients
 from trainer.engine.engine import Scores
 from trainer.model.default_model import NET_HIDDEN, NEXT_HIDDEN
-from trainer.model.hyperparameters import HYPERPARAMETERS
 from trainer.model.model import MASKED as MASKED_LOGIT
 
 MASKED = np.float32(MASKED_LOGIT)
@@ -100,7 +99,6 @@ def measure_interest(b: int, facts: Facts, logits: F32, total: np.float32, highe
 def learn_interest(
     b: int,
     row: int,
-    lane: int,
     facts: Facts,
     inputs: HeadInputs,
     workspace: Workspace,
@@ -120,7 +118,7 @@ def learn_interest(
     to_queries, to_category = gradients.queries, gradients.category
     recent_categories, ranks, successors = recent_mask.shape[1], facts.popular_mask.shape[1], successor_mask.shape[1]
     dim, candidates, slots = category.shape[1], ranks + successors, slope.shape[0]
-    factor, of_lane = facts.weight[b] / total, lane * category.shape[0]
+    factor = facts.weight[b] / total
     for i in range(slots):
         slope[i] = shares[i] * factor
     slope[facts.target[b]] -= facts.weight[b]
@@ -130,7 +128,7 @@ def learn_interest(
             workspace.window_gradient[m] = slope[j]
             m += 1
             add(to_queries, b, 0, slope[j], category, recent_at[b, j], 0, dim)
-            add(to_category, of_lane + recent_at[b, j], 0, slope[j], queries, b, 0, dim)
+            add(to_category, recent_at[b, j], 0, slope[j], queries, b, 0, dim)
     for i in range(candidates):
         workspace.transition_gradient[row * candidates + i] = slope[recent_categories + i]
     for p in range(ranks):
@@ -140,21 +138,19 @@ def learn_interest(
         if successor_mask[b, j] != _ZERO:
             fast_gradient.successor[j] += g
             add(to_queries, b, 0, g, category, successor_at[b, j], 0, dim)
-            add(to_category, of_lane + successor_at[b, j], 0, g, queries, b, 0, dim)
+            add(to_category, successor_at[b, j], 0, g, queries, b, 0, dim)
     if facts.other_mask[b] != _ZERO:
         fast_gradient.other[0] += slope[slots - 1]
         add(to_queries, b, 0, slope[slots - 1], category, other_at[b], 0, dim)
-        add(to_category, of_lane + other_at[b], 0, slope[slots - 1], queries, b, 0, dim)
+        add(to_category, other_at[b], 0, slope[slots - 1], queries, b, 0, dim)
 
 
 @part_of_sums
 def engage(
     b: int,
-    lane: int,
     facts: Facts,
     inputs: HeadInputs,
     weights: FastWeights,
-    biases: tuple[F32, F32],
     logits: F32,
     normaliser: np.float32,
     scores: Scores,
@@ -162,13 +158,11 @@ def engage(
 ) -> None:
     """Scores row `b`'s pair and its negative pair without dropout, and computes their gradients with dropout.
 
-    logits: interest logits without dropout. biases: of items and categories, `[1, dim]` each. One call handles both pairs,
-    because each array that a call unpacks costs time.
+    logits: interest logits without dropout. One call handles both pairs, because each array that a call unpacks costs time.
     """
     plain, queries, prior = inputs.plain_queries, inputs.queries, inputs.prior
     item, category, dim = inputs.item, inputs.category, inputs.category.shape[1]
-    item_bias, category_bias = biases
-    of_items, of_categories = lane * item.shape[0], lane * category.shape[0]
+    item_bias, category_bias = inputs.item_bias, inputs.category_bias
     rows = facts.target.shape[0]
     for at in range(b, 2 * rows, rows):
         category_at, item_at = facts.pair_category_at[at], facts.pair_item_at[at]
@@ -197,18 +191,18 @@ def engage(
         shifted = fixed + queries[b, 2 * dim] + dot(queries, b, dim, item, item_at) + facts.engaged_shift[at]
         g = (_ONE / (_ONE + np.float32(math.exp(-shifted))) - facts.engaged[at]) * facts.engaged_weight[at]
         if slot >= 0:
-            gradients.prior[lane, 0] += g
-            gradients.prior[lane, 1] += g * likely
+            gradients.prior[0] += g
+            gradients.prior[1] += g * likely
         else:
-            gradients.prior[lane, 2] += g * likely
+            gradients.prior[2] += g * likely
         gradients.queries[b, 2 * dim] += g
         # A loop that writes two arrays would not be vectorized.
         add(gradients.queries, b, dim, g, item, item_at, 0, dim)
-        add(gradients.item_bias, lane, 0, g, item, item_at, 0, dim)
-        add(gradients.category_bias, lane, 0, g, category, category_at, 0, dim)
-        add(gradients.item, of_items + item_at, 0, g, queries, b, dim, dim)
-        add(gradients.item, of_items + item_at, 0, g, item_bias, 0, 0, dim)
-        add(gradients.category, of_categories + category_at, 0, g, category_bias, 0, 0, dim)
+        add(gradients.item_bias, 0, 0, g, item, item_at, 0, dim)
+        add(gradients.category_bias, 0, 0, g, category, category_at, 0, dim)
+        add(gradients.item, item_at, 0, g, queries, b, dim, dim)
+        add(gradients.item, item_at, 0, g, item_bias, 0, 0, dim)
+        add(gradients.category, category_at, 0, g, category_bias, 0, 0, dim)
 
 
 @part_of_sums
@@ -229,24 +223,24 @@ def transition_net(
                 logs[c, at + p] = logarithms[facts.popular_next[b, p, c]] * scale
             for j in range(candidates - ranks):
                 logs[c, at + ranks + j] = logarithms[facts.successor_next[b, j, c]] * scale
+    logits[:count] = _ZERO
     for row in range(end - begin):
-        for i in range(candidates):
-            logits[row * candidates + i] = _ZERO
-            for c in range(columns):
-                logits[row * candidates + i] += logs[c, row * candidates + i] * weights.next[0 if i < ranks else 1, c]
-        for k in range(NEXT_HIDDEN):
-            value = user_hidden[row, NET_HIDDEN + k]
-            for i in range(candidates):
-                hidden[k, row * candidates + i] = value
-    for k in range(NEXT_HIDDEN):
+        part = slice(row * candidates, (row + 1) * candidates)
+        logits_of_row = logits[part]
         for c in range(columns):
-            weight = weights.next_0[c, k]
-            for i in range(count):
-                hidden[k, i] += logs[c, i] * weight
-        weight = weights.next_1[k]
+            logs_of_row = logs[c, part]
+            for i in range(candidates):
+                logits_of_row[i] += logs_of_row[i] * weights.next[0 if i < ranks else 1, c]
+        for k in range(NEXT_HIDDEN):
+            units, value = hidden[k, part], user_hidden[row, NET_HIDDEN + k]
+            for i in range(candidates):
+                units[i] = value
+    for k in range(NEXT_HIDDEN):
+        of_count, of_share, weight = weights.next_0[0, k], weights.next_0[1, k], weights.next_1[k]
         for i in range(count):
-            hidden[k, i] = max(hidden[k, i], _ZERO)
-            logits[i] += hidden[k, i] * weight
+            unit = max(hidden[k, i] + logs[0, i] * of_count + logs[1, i] * of_share, _ZERO)
+            hidden[k, i] = unit
+            logits[i] += unit * weight
 
 
 @part_of_sums
@@ -261,44 +255,31 @@ def transition_net_gradients(
     count = (end - begin) * candidates
     for c in range(columns):
         for row in range(end - begin):
-            of_popular, of_successors = _ZERO, _ZERO
-            for i in range(row * candidates, row * candidates + ranks):
-                of_popular += gradient[i] * logs[c, i]
-            for i in range(row * candidates + ranks, (row + 1) * candidates):
-                of_successors += gradient[i] * logs[c, i]
+            part = slice(row * candidates, (row + 1) * candidates)
+            slopes, logs_of_row = gradient[part], logs[c, part]
+            of_all, of_popular = _ZERO, _ZERO
+            for i in range(candidates):
+                of_all += slopes[i] * logs_of_row[i]
+            for i in range(ranks):
+                of_popular += slopes[i] * logs_of_row[i]
             fast_gradient.next[0, c] += of_popular
-            fast_gradient.next[1, c] += of_successors
+            fast_gradient.next[1, c] += of_all - of_popular
     for k in range(NEXT_HIDDEN):
         total, weight = _ZERO, weights.next_1[k]
         for i in range(count):
             total += gradient[i] * hidden[k, i]
-        fast_gradient.next_1[k] += total
-        for i in range(count):
             hidden[k, i] = gradient[i] * weight if hidden[k, i] > _ZERO else _ZERO
+        fast_gradient.next_1[k] += total
         for c in range(columns):
             total = _ZERO
             for i in range(count):
                 total += logs[c, i] * hidden[k, i]
             fast_gradient.next_0[c, k] += total
         for row in range(end - begin):
-            total = _ZERO
-            for i in range(row * candidates, (row + 1) * candidates):
-                total += hidden[k, i]
+            total, units = _ZERO, hidden[k, row * candidates : (row + 1) * candidates]
+            for i in range(candidates):
+                total += units[i]
             user_gradient[row, NET_HIDDEN + k] = total
-
-
-FAST_ROWS = HYPERPARAMETERS.fast_rows
-
-LANES = FAST_ROWS // BLOCK
-"""Blocks between two moves of the fast weights, whose derivatives are summed separately."""
-
-
-@layout("f4[:, ::1], f4[:, ::1]")
-class Biases(NamedTuple):
-    """The engagement weights of items and categories, `[1, dim]` float32 each."""
-
-    item: F32
-    category: F32
 
 
 @layout("Workspace, f4[::1], FastWeights, f4[:, ::1], i4[::1]")
@@ -307,7 +288,7 @@ class Own(NamedTuple):
 
     Attributes:
         workspace: Of a block of rows.
-        flat: `[m]` float32 derivatives of a block by the fast weights.
+        flat: `[m]` float32 derivatives of a block by the fast weights; zeros before each block.
         fast: Views of it.
         candidates: `[3, L + P + S + 1]` float32: logits, shares and slopes of a row's candidates.
         bits: `[L + P + S + 1]` int32.
@@ -320,30 +301,17 @@ class Own(NamedTuple):
     bits: I32
 
 
-@part_of_sums
-def _add_lanes(lanes: F32) -> None:
-    """`lanes` is `[LANES * n, d]`."""
-    rows = lanes.shape[0] // LANES
-    for row in range(rows):
-        for lane in range(1, LANES):
-            for d in range(lanes.shape[1]):
-                lanes[row, d] += lanes[lane * rows + row, d]
-
-
 @compiled_sums(
-    "i8[::1], i8, Facts, HeadInputs, Biases, f4[::1], Scores, Gradients, f4[:, ::1], Own, FastWeights, "
-    "FastSlots, f4[::1], f4, bool"
+    "i8[::1], i8, Facts, HeadInputs, f4[::1], Scores, Gradients, Own, FastWeights, FastSlots, f4[::1], f4, bool"
 )
 def _heads(
     progress: I64,
     block: int,
     facts: Facts,
     inputs: HeadInputs,
-    biases: Biases,
     logarithms: F32,
     scores: Scores,
     gradients: Gradients,
-    of_lanes: F32,
     own: Own,
     weights: FastWeights,
     slots: FastSlots,
@@ -353,75 +321,54 @@ def _heads(
 ) -> None:
     """Waits for the tower's blocks of `block` rows, and counts its own rows in `progress` (`Tower`).
 
-    gradients: of each lane, `LANES` times the rows of one. of_lanes: `[LANES, m]` derivatives by the fast weights since
-    the last move. weights: views of what moves. total: gets the derivatives by it over the whole record.
+    weights: views of what moves. total: gets the derivatives by it over the whole record.
     """
     rows, category, workspace, fast = facts.windows.shape[0], inputs.category, own.workspace, own.fast
     logits, shares, slope, bits = own.candidates[0], own.candidates[1], own.candidates[2], own.bits
     powers, count = bits.view(np.float32), bits.shape[0]
-    for first in range(0, rows, FAST_ROWS):
-        for number in range(first // block, (min(first + FAST_ROWS, rows) - 1) // block + 1):
+    for begin in range(0, rows, BLOCK):
+        end = min(begin + BLOCK, rows)
+        for number in range(begin // block, (end - 1) // block + 1):
             wait_for(progress, FIRST + number, 1)
-        for lane in range(LANES):
-            begin = first + lane * BLOCK
-            if begin >= rows:
-                of_lanes[lane, :] = _ZERO
-                continue
-            end = min(begin + BLOCK, rows)
-            # 1.
-            user_hidden_of(begin, end, inputs.user_features, weights, workspace)
-            window_net(begin, end, facts, weights, logarithms, workspace)
-            transition_net(begin, end, facts, weights, logarithms, workspace)
-            workspace.window_gradient[:] = _ZERO
-            workspace.transition_gradient[:] = _ZERO
-            own.flat[:] = _ZERO
-            for b in range(begin, end):
-                row = b - begin
-                # 2.
-                score_candidates(
-                    b, row, facts, weights, inputs.plain_queries, inputs.plain_popular, category, workspace, logits
-                )
-                highest = highest_of(logits)
-                sum_of_shares = exponentials(logits, highest, shares, bits, powers)
-                measure_interest(b, facts, logits, sum_of_shares, highest, scores)
-                # 3. The last slot was chosen by the row's own event, which serving does not know.
-                normaliser = normaliser_of(max(sum_of_shares - shares[count - 1], _ZERO), highest)
-                engage(b, lane, facts, inputs, weights, biases, logits, normaliser, scores, gradients)
-                # 4.
-                if facts.target[b] >= 0 and facts.weight[b] != _ZERO:
-                    if separate:
-                        score_candidates(
-                            b, row, facts, weights, inputs.queries, inputs.popular_logits, category, workspace, logits
-                        )
-                        sum_of_shares = exponentials(logits, highest_of(logits), shares, bits, powers)
-                    learn_interest(
-                        b, row, lane, facts, inputs, workspace, shares, sum_of_shares, slope, gradients, fast
+        # 1.
+        user_hidden_of(begin, end, inputs.user_features, weights, workspace)
+        window_net(begin, end, facts, weights, logarithms, workspace)
+        transition_net(begin, end, facts, weights, logarithms, workspace)
+        workspace.window_gradient[:] = _ZERO
+        workspace.transition_gradient[:] = _ZERO
+        for b in range(begin, end):
+            row = b - begin
+            # 2.
+            score_candidates(
+                b, row, facts, weights, inputs.plain_queries, inputs.plain_popular, category, workspace, logits
+            )
+            highest = highest_of(logits)
+            sum_of_shares = exponentials(logits, highest, shares, bits, powers)
+            measure_interest(b, facts, logits, sum_of_shares, highest, scores)
+            # 3. The last slot was chosen by the row's own event, which serving does not know.
+            normaliser = normaliser_of(max(sum_of_shares - shares[count - 1], _ZERO), highest)
+            engage(b, facts, inputs, weights, logits, normaliser, scores, gradients)
+            # 4.
+            if facts.target[b] >= 0 and facts.weight[b] != _ZERO:
+                if separate:
+                    score_candidates(
+                        b, row, facts, weights, inputs.queries, inputs.popular_logits, category, workspace, logits
                     )
-            transition_net_gradients(begin, end, facts, weights, workspace, fast)
-            window_net_gradients(begin, end, facts, inputs.user_features, weights, workspace, fast)
-            for i in range(own.flat.shape[0]):
-                of_lanes[lane, i] = own.flat[i]
+                    sum_of_shares = exponentials(logits, highest_of(logits), shares, bits, powers)
+                learn_interest(b, row, facts, inputs, workspace, shares, sum_of_shares, slope, gradients, fast)
+        transition_net_gradients(begin, end, facts, weights, workspace, fast)
+        window_net_gradients(begin, end, facts, inputs.user_features, weights, workspace, fast)
         # 5.
-        summed = of_lanes[0]
-        for lane in range(1, LANES):
-            added = of_lanes[lane]
-            for i in range(summed.shape[0]):
-                summed[i] += added[i]
-        for i in range(summed.shape[0]):
-            total[i] += summed[i]
-        move(slots, summed, rate, weights.user.size)
-        advance(progress, HEADS, FAST_ROWS)
-    _add_lanes(gradients.category)
-    _add_lanes(gradients.item)
-    _add_lanes(gradients.prior)
-    _add_lanes(gradients.item_bias)
-    _add_lanes(gradients.category_bias)
+        for i in range(total.shape[0]):
+            total[i] += own.flat[i]
+        move(slots, own.flat, rate, weights.user.size)
+        advance(progress, HEADS, BLOCK)
 
 
 def _own(facts: Facts, inputs: HeadInputs, candidates: int) -> Own:
     flat = np.zeros(sum(part.size for part in inputs.fast), np.float32)
     return Own(
-        Workspace.of(facts, inputs.user_features.shape[1]),
+        Workspace.of(facts),
         flat,
         FastWeights.of(flat, inputs.fast),
         np.zeros((3, candidates), np.float32),
@@ -465,36 +412,20 @@ class Heads:
             np.empty(2 * rows, np.float32),
         )
         total = np.zeros_like(flat)
-        gradients = Gradients(
-            queries=self._zeros("queries", *inputs.queries.shape),
-            popular_logits=self._zeros("popular_logits", *inputs.popular_logits.shape),
-            category=self._zeros("category", LANES * len(inputs.category), inputs.category.shape[1]),
-            item=self._zeros("item", LANES * len(inputs.item), inputs.item.shape[1]),
-            prior=self._zeros("prior", LANES, inputs.prior.size),
-            item_bias=self._zeros("item_bias", LANES, inputs.item_bias.size),
-            category_bias=self._zeros("category_bias", LANES, inputs.category_bias.size),
-            fast=FastWeights.of(total, inputs.fast),
-        )
+        learned = ("queries", "popular_logits", "category", "item", "prior", "item_bias", "category_bias")
+        zeros = {name: self._zeros(name, getattr(inputs, name).shape) for name in learned}
+        gradients = Gradients(**zeros, fast=FastWeights.of(total, inputs.fast))
         own = self._own = self._own or _own(facts, inputs, candidates + 1)
-        biases = Biases(inputs.item_bias[None], inputs.category_bias[None])
         weights, step = FastWeights.of(moved.weights, inputs.fast), np.float32(rate if slots is not None else 0.0)
-        of_lanes = self._zeros("of_lanes", LANES, flat.size)
 
         def work(progress: I64, block: int) -> None:
             _heads(
-                progress, block, facts, inputs, biases, LOGARITHMS, scores, gradients, of_lanes, own, weights, moved,
-                total, step, separate,
+                progress, block, facts, inputs, LOGARITHMS, scores, gradients, own, weights, moved, total, step, separate
             )  # fmt: skip
 
-        summed = {
-            name: getattr(gradients, name)[: len(getattr(gradients, name)) // LANES].reshape(
-                getattr(inputs, name).shape
-            )
-            for name in ("category", "item", "prior", "item_bias", "category_bias")
-        }
-        return scores, gradients._replace(**summed), moved, work
+        return scores, gradients, moved, work
 
-    def _zeros(self, name: str, *shape: int) -> F32:
+    def _zeros(self, name: str, shape: tuple[int, ...]) -> F32:
         """Working memory, kept from call to call: clearing it costs less than fresh pages."""
         size = math.prod(shape)
         buffer = self._buffers.get(name)

@@ -20,16 +20,18 @@ _P3, _P4, _P5 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.flo
 def dot(a: F32, row: int, first: int, b: F32, at: int) -> np.float32:
     """The dot product of `b[at]` with the part of `a[row]` that begins at `first`."""
     total: np.float32 = _ZERO
+    begin = np.uint64(first)
     for d in range(b.shape[1]):
-        total += a[row, first + d] * b[at, d]
+        total += a[row, begin + np.uint64(d)] * b[at, d]
     return total
 
 
 @part_of_sums
 def add(out: F32, at: int, column: int, factor: np.float32, a: F32, row: int, first: int, width: int) -> None:
     """Adds `factor` times `width` numbers of `a[row]`, beginning at `first`, to `out[at]`, beginning at `column`."""
+    to, begin = np.uint64(column), np.uint64(first)
     for d in range(width):
-        out[at, column + d] += factor * a[row, first + d]
+        out[at, to + np.uint64(d)] += factor * a[row, begin + np.uint64(d)]
 
 
 @part_of_sums

@@ -8,8 +8,8 @@ Forward, of rows x = [prepared features | user row | mean latest category row | 
 
 With dropout the layers after the first run twice: once without it, for the scores, and once with it, to learn.
 
-Every matrix product is over a fixed block of rows (forward) or of weights (derivatives), whose size follows from the
-shapes and the kind of processor alone. So a sum has the same bits however many threads share the blocks.
+Every matrix product is over a fixed block of rows, whose size follows from the shapes and the kind of processor alone, or
+over all rows for the derivatives by a weight matrix. So a sum has the same bits however many threads share the products.
 
 Before it multiplies, OpenBLAS copies both matrices into its own layout, a quarter of the time for a block of 64 rows.
 For processors with AVX-512 it has kernels for small products that copy nothing. They apply if rows, columns and depth
@@ -20,7 +20,7 @@ tower keeps transposed copies of the weights (`transpose`). On other processors 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,8 +41,8 @@ SMALL = 1_000_000
 _WITH_SMALL = {"SkylakeX", "Cooperlake", "SapphireRapids"}
 """Kinds of processor, as OpenBLAS names them, for which it has those kernels."""
 
-_ROWS, _WEIGHTS = 64, 128
-"""Rows of a block, and rows of a weight matrix in a block of derivatives, where products are not small."""
+_ROWS = 64
+"""Rows of a block where products are not small."""
 
 _TILE = 16
 
@@ -57,50 +57,37 @@ def _small() -> int:
 
 def rows_of_block(weights: int) -> int:
     """Rows that are multiplied at once with matrices of at most so many weights."""
-    return _fitting(_small() // weights, _ROWS)
-
-
-def weights_of_block(rows: int, outputs: int) -> int:
-    """Rows of a weight matrix whose derivatives are computed at once, of so many rows of a batch and outputs."""
-    return _fitting(_small() // (rows * outputs), _WEIGHTS)
-
-
-def _fitting(most: int, large: int) -> int:
-    """The largest multiple of 4 up to `most` and `large`; `large` where there is none.
-
-    >>> _fitting(17, 64), _fitting(3, 64), _fitting(99, 64)
-    (16, 64, 64)
-    """
-    return min(most - most % 4, large) or large
+    most = _small() // weights
+    return min(most - most % 4, _ROWS) or _ROWS
 
 
 @part_of_sums
-def transpose(matrix: F32, first: int, end: int, out: F32) -> None:
-    """Writes columns `first` to `end` of `matrix` as rows of `out`."""
+def transpose(matrix: F32, out: F32) -> None:
+    """Writes the columns of `matrix` as rows of `out`."""
     for begin in range(0, matrix.shape[0], _TILE):
-        rows, columns = min(begin + _TILE, matrix.shape[0]), end - (end - first) % 4
+        rows, columns = min(begin + _TILE, matrix.shape[0]), matrix.shape[1] - matrix.shape[1] % 4
         # Moves sixteen numbers at a time in registers, in a third of the time that single moves take.
         whole_rows = rows - (rows - begin) % 4
         for b in range(begin, whole_rows, 4):
-            for d in range(first, columns, 4):
+            for d in range(0, columns, 4):
                 a0, a1, a2, a3 = matrix[b, d], matrix[b, d + 1], matrix[b, d + 2], matrix[b, d + 3]
                 b0, b1, b2, b3 = matrix[b + 1, d], matrix[b + 1, d + 1], matrix[b + 1, d + 2], matrix[b + 1, d + 3]
                 c0, c1, c2, c3 = matrix[b + 2, d], matrix[b + 2, d + 1], matrix[b + 2, d + 2], matrix[b + 2, d + 3]
                 d0, d1, d2, d3 = matrix[b + 3, d], matrix[b + 3, d + 1], matrix[b + 3, d + 2], matrix[b + 3, d + 3]
-                at = d - first
-                out[at, b], out[at, b + 1], out[at, b + 2], out[at, b + 3] = a0, b0, c0, d0
-                out[at + 1, b], out[at + 1, b + 1], out[at + 1, b + 2], out[at + 1, b + 3] = a1, b1, c1, d1
-                out[at + 2, b], out[at + 2, b + 1], out[at + 2, b + 2], out[at + 2, b + 3] = a2, b2, c2, d2
-                out[at + 3, b], out[at + 3, b + 1], out[at + 3, b + 2], out[at + 3, b + 3] = a3, b3, c3, d3
+                out[d, b], out[d, b + 1], out[d, b + 2], out[d, b + 3] = a0, b0, c0, d0
+                out[d + 1, b], out[d + 1, b + 1], out[d + 1, b + 2], out[d + 1, b + 3] = a1, b1, c1, d1
+                out[d + 2, b], out[d + 2, b + 1], out[d + 2, b + 2], out[d + 2, b + 3] = a2, b2, c2, d2
+                out[d + 3, b], out[d + 3, b + 1], out[d + 3, b + 2], out[d + 3, b + 3] = a3, b3, c3, d3
         for b in range(begin, rows):
-            for d in range(first if b >= whole_rows else columns, end):
-                out[d - first, b] = matrix[b, d]
+            for d in range(0 if b >= whole_rows else columns, matrix.shape[1]):
+                out[d, b] = matrix[b, d]
 
 
 LATEST = HYPERPARAMETERS.latest
 
-HEADS, TRANSPOSED, FIRST = range(3)
-"""Indices in `Passed.progress`: rows that the heads have learned, transposed weights, and the first of the blocks."""
+HEADS, TRANSPOSED, WEIGHTS, FIRST = range(4)
+"""Indices in `Passed.progress`: rows that the heads have learned, transposed weights, weight matrices whose derivatives are
+begun, and the first of the blocks."""
 
 _ZERO = np.float32(0.0)
 
@@ -276,12 +263,12 @@ class Tower:
         gradients["tower.kernel_0"][width:] = _ZERO
         inputs = (passed.x, *passed.learned, by_popular)
         outputs = (*slopes, by_queries, passed.queries)
-        kernels = (*(gradients[f"tower.kernel_{i}"] for i in range(len(slopes))), gradients["query.kernel"])
-        biases = (*(gradients[f"tower.bias_{i}"] for i in range(len(slopes))), gradients["query.bias"])
-        shapes = tuple(
-            (layer_input.shape[1], slope.shape[1]) for layer_input, slope in zip(inputs, outputs, strict=True)
+        kernels = (
+            gradients["tower.kernel_0"][:width],
+            *(gradients[f"tower.kernel_{i}"] for i in range(1, len(slopes))),
+            gradients["query.kernel"],
         )
-        order = _blocks(count, shapes)
+        biases = (*(gradients[f"tower.bias_{i}"] for i in range(len(slopes))), gradients["query.bias"])
         weights = (of_rows, *self._kernels[1:], self._query)
         backward = tuple(self._buffer(f"transposed_{i}", *weight.T.shape) for i, weight in enumerate(weights))
 
@@ -301,7 +288,7 @@ class Tower:
                 )  # fmt: skip
 
         def by_weights(thread: int) -> None:
-            _by_weights(thread, threads, order, inputs, outputs, (*kernels, by_popular_rows))
+            _by_weights(passed.progress, inputs, outputs, (*kernels, by_popular_rows))
             for slope, bias in sums[thread::threads]:
                 _by_bias(slope, bias)
 
@@ -313,20 +300,6 @@ class Tower:
         if buffer is None or buffer.size < rows * width:
             buffer = self._buffers[name] = np.empty(rows * width, np.float32)
         return buffer[: rows * width].reshape(rows, width)
-
-
-@lru_cache(64)
-def _blocks(rows: int, shapes: tuple[tuple[int, int], ...]) -> I64:
-    """Blocks of weight matrices of such shapes: (matrix, first row, end)."""
-    blocks = [
-        (pair, first, min(first + size, inputs))
-        for pair, (inputs, outputs) in enumerate(shapes)
-        for size in (weights_of_block(rows, outputs),)
-        for first in range(0, inputs, size)
-    ]
-    # Largest first, so that threads finish at about the same time.
-    sizes = [(end - first) * shapes[pair][1] for pair, first, end in blocks]
-    return np.array(blocks, np.int64)[np.argsort(sizes, kind="stable")[::-1]]
 
 
 @compiled_sums("i8, i8, i8, f4[:, ::1], Embedded, Layers, Passed, f4")
@@ -373,24 +346,26 @@ def _input(
             x[b, d] = prepared[b, d]
         for d in range(user_features.shape[1]):
             user_features[b, d] = min(max(prepared[b, d], -limit), limit)
+        of_user, of_latest, of_context = x[b, columns:], x[b, columns + dim :], x[b, columns + 2 * dim :]
         for d in range(dim):
-            x[b, columns + d] = user[user_at[b], d]
-            x[b, columns + dim + d] = _ZERO
+            of_user[d] = user[user_at[b], d]
+        for d in range(dim):
+            of_latest[d] = _ZERO
         for j in range(latest_at.shape[1]):
             for d in range(dim):
-                x[b, columns + dim + d] += category[latest_at[b, j], d]
+                of_latest[d] += category[latest_at[b, j], d]
         share = np.float32(1.0) / np.float32(latest_at.shape[1])
         for d in range(dim):
-            x[b, columns + dim + d] *= share
+            of_latest[d] *= share
         if fields:
             share = np.float32(1.0) / np.float32(fields)
             for d in range(dim):
-                x[b, columns + 2 * dim + d] = _ZERO
+                of_context[d] = _ZERO
             for j in range(fields):
                 for d in range(dim):
-                    x[b, columns + 2 * dim + d] += context[context_at[b, j], d]
+                    of_context[d] += context[context_at[b, j], d]
             for d in range(dim):
-                x[b, columns + 2 * dim + d] *= share
+                of_context[d] *= share
 
 
 @allocating_part_of_sums
@@ -423,9 +398,11 @@ def _score(
     for b in range(begin, end):
         for d in range(bias.shape[0]):
             queries[b, d] += bias[d]
+        of_engagement = queries[b, dim:]
         for d in range(dim):
             queries[b, d] += user[user_at[b], d]
-            queries[b, dim + d] += user[user_at[b], d]
+        for d in range(dim):
+            of_engagement[d] += user[user_at[b], d]
     np.dot(queries[begin:end], popular_rows.T, popular[begin:end])
     for b in range(begin, end):
         for p in range(popular_bias.shape[0]):
@@ -436,7 +413,7 @@ def _score(
 def _transposed(progress: I64, weights: tuple[F32, ...], out: tuple[F32, ...]) -> None:
     """The matrices that `_slopes` multiplies with."""
     for i in range(len(weights)):
-        transpose(weights[i], 0, weights[i].shape[1], out[i])
+        transpose(weights[i], out[i])
     advance(progress, TRANSPOSED, 1)
 
 
@@ -487,16 +464,13 @@ def _slopes(
         np.dot(slopes[0][begin:end], backward[0], by_rows[begin:end])
 
 
-@compiled_sums("i8, i8, i8[:, ::1], (f4[:, ::1],) * 4, (f4[:, ::1],) * 4, (f4[:, ::1],) * 4")
-def _by_weights(
-    thread: int, threads: int, blocks: I64, inputs: tuple[F32, ...], slopes: tuple[F32, ...], out: tuple[F32, ...]
-) -> None:
-    """Derivatives by weight matrices: one thread's blocks of (matrix, first row, end), inputs against slopes of outputs."""
-    for block in range(thread, blocks.shape[0], threads):
-        pair, first, end = blocks[block, 0], blocks[block, 1], blocks[block, 2]
-        part = np.empty((end - first, inputs[pair].shape[0]), np.float32)
-        transpose(inputs[pair], first, end, part)
-        np.dot(part, slopes[pair], out[pair][first:end])
+@compiled_sums("i8[::1], (f4[:, ::1],) * 4, (f4[:, ::1],) * 4, (f4[:, ::1],) * 4")
+def _by_weights(progress: I64, inputs: tuple[F32, ...], slopes: tuple[F32, ...], out: tuple[F32, ...]) -> None:
+    """Derivatives by weight matrices, inputs against slopes of outputs: of those that no other thread has begun."""
+    pair = advance(progress, WEIGHTS, 1)
+    while pair < len(inputs):
+        np.dot(inputs[pair].T, slopes[pair], out[pair])
+        pair = advance(progress, WEIGHTS, 1)
 
 
 @compiled_sums("f4[:, ::1], f4[::1]")
@@ -515,19 +489,20 @@ def scatter_rows(
     dim, latest, fields = embedded.user.shape[1], embedded.latest_at.shape[1], embedded.context_at.shape[1]
     of_latest = np.float32(1.0) / np.float32(latest)
     for b in range(by_rows.shape[0]):
-        at = embedded.user_at[b]
+        at, by_engagement = embedded.user_at[b], by_queries[b, dim:]
+        by_categories, by_context = by_rows[b, dim:], by_rows[b, 2 * dim :]
         for d in range(dim):
-            user[at, d] += by_rows[b, d] + by_queries[b, d] + by_queries[b, dim + d]
+            user[at, d] += by_rows[b, d] + by_queries[b, d] + by_engagement[d]
         for j in range(latest):
             at = embedded.latest_at[b, j]
             for d in range(dim):
-                category[at, d] += by_rows[b, dim + d] * of_latest
+                category[at, d] += by_categories[d] * of_latest
         if fields:
             of_fields = np.float32(1.0) / np.float32(fields)
             for j in range(fields):
                 at = embedded.context_at[b, j]
                 for d in range(dim):
-                    context[at, d] += by_rows[b, 2 * dim + d] * of_fields
+                    context[at, d] += by_context[d] * of_fields
     for p in range(by_popular_rows.shape[0]):
         at = embedded.popular_at[p]
         for d in range(dim):

@@ -16,18 +16,14 @@ LOGARITHMS: F32 = np.log(np.arange(65536, dtype=np.float32) + np.float32(1.0))
 _ZERO = np.float32(0.0)
 
 
-@part_of_sums
+@allocating_part_of_sums
 def user_hidden_of(begin: int, end: int, user_features: F32, weights: FastWeights, workspace: Workspace) -> None:
     """Computes the users' part of the hidden units of both nets, for rows `begin` to `end`: `[BLOCK, H + K]`."""
     hidden = workspace.user_hidden
-    for b in range(begin, end):
-        row = b - begin
+    np.dot(user_features[begin:end], weights.user, hidden[: end - begin])
+    for row in range(end - begin):
         for k in range(USER_HIDDEN):
-            hidden[row, k] = weights.bias[k]
-        for d in range(user_features.shape[1]):
-            x = user_features[b, d]
-            for k in range(USER_HIDDEN):
-                hidden[row, k] += x * weights.user[d, k]
+            hidden[row, k] += weights.bias[k]
 
 
 @part_of_sums
@@ -157,11 +153,5 @@ def window_net_gradients(
     windows, user_gradient, rows = workspace.windows, workspace.user_gradient, end - begin
     _hidden_gradients(begin, end, facts, weights, workspace, fast_gradient)
     count = workspace.firsts[rows]
-    np.dot(windows[:count].T, workspace.hidden[:count], workspace.net_gradient)
-    np.dot(user_features[begin:end].T, user_gradient[:rows], workspace.features_gradient)
-    for f in range(windows.shape[1]):
-        for k in range(NET_HIDDEN):
-            fast_gradient.net_0[f, k] += workspace.net_gradient[f, k]
-    for d in range(user_features.shape[1]):
-        for k in range(USER_HIDDEN):
-            fast_gradient.user[d, k] += workspace.features_gradient[d, k]
+    np.dot(windows[:count].T, workspace.hidden[:count], fast_gradient.net_0[: windows.shape[1]])
+    np.dot(user_features[begin:end].T, user_gradient[:rows], fast_gradient.user)
