@@ -10,6 +10,9 @@ Types are Numba's short names: `i8[:, ::1]` is a contiguous two-dimensional arra
 read-only array. A named tuple is named by its class, whose fields declare their types with `@layout`.
 `state.compiled.preparing` prepares all declared kernels of a process. A kernel that only kernels call declares nothing:
 it is compiled as a part of them.
+
+Numba lets a negative index count from the end. If an index of an inner loop is a signed sum such as `first + j`, the
+compiler cannot exclude negative ones, and loads each entry by itself. Index a slice by `j` instead, or add unsigned numbers.
 """
 
 from __future__ import annotations

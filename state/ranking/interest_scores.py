@@ -248,29 +248,29 @@ def gather_everything(lists: ItemLists, rows: I32, at_s: int, work: Workspace) -
 @part_of_sums
 def take_candidate(j: int, category: np.uint64, logit: np.float32, work: Workspace) -> None:
     """Sets a slot: the category, its features by all clicks, and the model's logit, `MASKED` in a slot without a candidate."""
-    there = logit > _THERE
+    there, slot = logit > _THERE, np.uint64(j)
     category = category if there else np.uint64(0)
-    work.candidates[j] = category
-    work.features[0, j] = logit if there else np.float32(0.0)
+    work.candidates[slot] = category
+    work.features[0, slot] = logit if there else np.float32(0.0)
     work.marks[category & _LAST_MARK] = j + 1
-    _take_all_clicks(j, category, work)
+    _take_all_clicks(slot, category, work)
 
 
 @part_of_sums
-def _take_all_clicks(j: int, category: np.uint64, work: Workspace) -> None:
+def _take_all_clicks(slot: np.uint64, category: np.uint64, work: Workspace) -> None:
     """Writes a slot's features by all clicks. It has few branches, because categories are random."""
     number = work.places[category & _LAST_PLACE]
     if (number != 0) & (work.counted[number] != category):
         number = work.places[_place(category, work)]
     for h in range(LIVES_READ):
-        work.features[1 + h, j] = work.logs[h, number]
+        work.features[1 + h, slot] = work.logs[h, number]
 
 
 @part_of_sums
 def place_popular(first: int, popular: U64, work: Workspace) -> None:
     """Computes the features by all clicks of the popular categories once, for `take_popular`; `first` is their first slot."""
     for j in range(popular.shape[0]):
-        _take_all_clicks(first + j, popular[j], work)
+        _take_all_clicks(np.uint64(first + j), popular[j], work)
 
 
 @part_of_sums

@@ -135,7 +135,7 @@ class CompiledEngine:
             if weight in dense:
                 array[...] = dense[weight]
             dense[weight] = array
-        squared = square(self._optimizer.gradient[None]) + sum(square(part.reshape(1, -1)) for part in gradients.fast)
+        squared = square(self._optimizer.gradient[None]) + square(gradients.fast.flat()[None])
         squared += sum(square(gradient[1:]) for gradient in sparse.values())
         return Measured(scores, squared, rows, crossed, Gradient(dense, sparse, fast))
 

@@ -60,10 +60,9 @@ def score_candidates(
             out[j] = window_logits[m] + dot(queries, b, 0, category, facts.recent_at[b, j])
             m += 1
     transition_at = row * (ranks + successors)
+    of_popular, next_logits = out[recent_categories:], transition_logits[transition_at:]
     for p in range(ranks):
-        out[recent_categories + p] = (
-            popular[b, p] + transition_logits[transition_at + p] if facts.popular_mask[b, p] != _ZERO else MASKED
-        )
+        of_popular[p] = popular[b, p] + next_logits[p] if facts.popular_mask[b, p] != _ZERO else MASKED
     for j in range(successors):
         at = recent_categories + ranks + j
         out[at] = MASKED
@@ -87,12 +86,13 @@ def measure_interest(b: int, facts: Facts, logits: F32, total: np.float32, highe
     if aim >= 0:
         scores.interest_loss[b] = np.float32(math.log(total)) + highest - logits[aim]
         scores.rank[b] = rank_of(logits, aim)
+    of_popular, of_successors = logits[recent_categories:], logits[recent_categories + ranks :]
     for j in range(recent_categories):
         scores.recent_logits[b, j] = logits[j]
     for p in range(ranks):
-        scores.popular_logits[b, p] = logits[recent_categories + p]
+        scores.popular_logits[b, p] = of_popular[p]
     for j in range(facts.successor_mask.shape[1]):
-        scores.successor_logits[b, j] = logits[recent_categories + ranks + j]
+        scores.successor_logits[b, j] = of_successors[j]
 
 
 @part_of_sums
@@ -129,10 +129,11 @@ def learn_interest(
             m += 1
             add(to_queries, b, 0, slope[j], category, recent_at[b, j], 0, dim)
             add(to_category, recent_at[b, j], 0, slope[j], queries, b, 0, dim)
+    by_next, to_next = slope[recent_categories:], workspace.transition_gradient[row * candidates :]
     for i in range(candidates):
-        workspace.transition_gradient[row * candidates + i] = slope[recent_categories + i]
+        to_next[i] = by_next[i]
     for p in range(ranks):
-        gradients.popular_logits[b, p] = slope[recent_categories + p]
+        gradients.popular_logits[b, p] = by_next[p]
     for j in range(successors):
         g = slope[recent_categories + ranks + j]
         if successor_mask[b, j] != _ZERO:
