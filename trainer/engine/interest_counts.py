@@ -72,6 +72,18 @@ _AHEAD = 4
 """The lists of the row so many rows later are prefetched."""
 
 
+class Keyed(NamedTuple):
+    """What is counted of a record.
+
+    Attributes:
+        keys: `[B, READ]` uint64, the keys of the lists of each row.
+        clicks: `[B]` bool, the rows of accepted updates that are clicks.
+    """
+
+    keys: U64
+    clicks: Flags
+
+
 class InterestCounts(OnlineRegression):
     """The lists of categories and the weights of the correction.
 
@@ -98,31 +110,31 @@ class InterestCounts(OnlineRegression):
         wanted = settings.trainer.interests == "counts" and not settings.privacy.epsilon
         return cls(settings, spec) if wanted else None
 
-    def keys(self, batch: MicroBatch, updates: Sequence[Update], visited: ItemListTable | None) -> U64:
-        """The keys of the lists of each row, for `learn`, `[B, READ]` uint64.
+    def keyed(self, batch: MicroBatch, updates: Sequence[Update], visited: ItemListTable | None) -> Keyed:
+        """The keys of the lists of each row, for `learn`.
 
         Args:
             batch: The rows of the record.
             updates: In the order of the rows.
             visited: The users' own items before the record; None for no items.
         """
-        return self._keys(batch, _clicks(batch, updates), visited)
+        clicks = _clicks(batch, updates)
+        return Keyed(self._keys(batch, clicks, visited), clicks)
 
-    def learn(self, batch: MicroBatch, updates: Sequence[Update], keys: U64) -> list[Update]:
+    def learn(self, batch: MicroBatch, updates: Sequence[Update], keyed: Keyed) -> list[Update]:
         """Corrects the scores of accepted updates, learns from their rows, and counts them.
 
         Args:
             batch: The rows of the record.
             updates: In the order of the rows.
-            keys: Of the rows, see `keys`.
+            keyed: Of the rows, see `keyed`.
 
         Returns:
             The updates with corrected logits. Their losses and ranks remain those of the model.
         """
-        lengths = [len(update.record) for update in updates]
         if not any(update.verdict is Verdict.ACCEPT for update in updates):
             return list(updates)
-        clicks = _clicks(batch, updates) & (batch.category != 0)
+        keys, clicks = keyed.keys, keyed.clicks & (batch.category != 0)
         # 1. Lists are created, and evicted.
         rows = None
         if clicks.any():
@@ -136,7 +148,8 @@ class InterestCounts(OnlineRegression):
         at_s, phi = batch.at_ms // 1000, self._columns.phi(batch.features, batch.category_windows)
         # 2. One row after another is corrected, learned from and counted.
         found, first = [], 0
-        for update, length in zip(updates, lengths, strict=True):
+        for update in updates:
+            length = len(update.record)
             if update.verdict is Verdict.ACCEPT:
                 mine, ids = slice(first, first + length), update.record.ids
                 logits = Logits(*(np.array(part) for part in _logits(update.scores)))

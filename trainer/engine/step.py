@@ -351,7 +351,7 @@ class Trainer:
         counts, categories = self.interest_counts, len(self.tables["category"])
         corrected: Callable[[], list[Update]] = partial(list, updates)
         if counts is not None:
-            corrected = partial(counts.learn, batch, updates, counts.keys(batch, updates, self._visited()))
+            corrected = partial(counts.learn, batch, updates, counts.keyed(batch, updates, self._visited()))
         return lambda: self.measures.report(
             batch, corrected(), came_next, self._new_users, categories, self.counters.log_ms
         )
