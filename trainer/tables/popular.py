@@ -128,8 +128,9 @@ class Popular:
             self._decay(hour - self._hour if self._hour >= 0 else 0)
             self._hour = hour
         indices = self._index.find(ids)
-        fresh = np.unique(ids[(indices == 0) & (ids != 0)])
-        if fresh.size:
+        is_fresh = (indices == 0) & (ids != 0)
+        if is_fresh.any():
+            fresh = np.unique(ids[is_fresh])
             self._index.insert(fresh, np.arange(self._used, self._used + fresh.size, dtype=np.int32))
             self._reserve(self._used + fresh.size)
             self._ids[self._used : self._used + fresh.size] = fresh

@@ -81,7 +81,8 @@ class Threads:
         try:
             part(0)
         finally:
-            wait(futures)
+            if futures:
+                wait(futures)
         for other in futures:
             other.result()
 
@@ -101,7 +102,8 @@ class Threads:
         try:
             take()
         finally:
-            wait(others)
+            if others:
+                wait(others)
         for other in others:
             other.result()
         return results
