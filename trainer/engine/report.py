@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from state.compiled import compiled_sums
+from state.compiled import compiled_sums, part_of_sums
 from state.config.settings import Settings
 from state.microbatch.batch import MicroBatch
 from trainer.engine.compiled.rows import exponentials, highest_of
@@ -86,6 +86,17 @@ def of_model(scores: Scores, slot: I32) -> CategoryPrediction:
     return prediction
 
 
+@part_of_sums
+def _join(recent: F32, popular: F32, successor: F32, out: F32) -> None:
+    of_popular, of_successors = out[recent.shape[0] :], out[recent.shape[0] + popular.shape[0] :]
+    for j in range(recent.shape[0]):
+        out[j] = recent[j]
+    for j in range(popular.shape[0]):
+        of_popular[j] = popular[j]
+    for j in range(successor.shape[0]):
+        of_successors[j] = successor[j]
+
+
 @compiled_sums("f4[:, ::1], f4[:, ::1], f4[:, ::1], i4[::1], i8[::1], i4[::1], f4[::1], CategoryPrediction")
 def _model(
     recent: F32,
@@ -102,9 +113,7 @@ def _model(
     logits, shares = np.empty(slots + ranks + last, np.float32), np.empty(slots + ranks + last, np.float32)
     for i in range(at.shape[0]):
         row, count = at[i], 0
-        logits[:slots] = recent[row]
-        logits[slots : slots + ranks] = popular[row]
-        logits[slots + ranks :] = successor[row]
+        _join(recent[row], popular[row], successor[row], logits)
         for j in range(logits.shape[0]):
             if logits[j] > _THERE:
                 count += 1

@@ -392,21 +392,27 @@ def _score(
     popular: F32,
 ) -> None:
     """Queries and logits of popular categories of rows `begin` to `end`."""
-    user, user_at, bias, popular_bias = embedded.user, embedded.user_at, layers.query_bias, layers.popular_bias
-    vector, dim = hidden[len(hidden) - 1], user.shape[1]
+    vector, popular_bias = hidden[len(hidden) - 1], layers.popular_bias
     np.dot(vector[begin:end], layers.query, queries[begin:end])
-    for b in range(begin, end):
-        for d in range(bias.shape[0]):
-            queries[b, d] += bias[d]
-        of_engagement = queries[b, dim:]
-        for d in range(dim):
-            queries[b, d] += user[user_at[b], d]
-        for d in range(dim):
-            of_engagement[d] += user[user_at[b], d]
+    _add_users(begin, end, embedded.user, embedded.user_at, layers.query_bias, queries)
     np.dot(queries[begin:end], popular_rows.T, popular[begin:end])
     for b in range(begin, end):
         for p in range(popular_bias.shape[0]):
             popular[b, p] += popular_bias[p]
+
+
+@part_of_sums
+def _add_users(begin: int, end: int, user: F32, user_at: I32, bias: F32, queries: F32) -> None:
+    """Adds bias and user row to the queries of rows `begin` to `end`."""
+    dim = user.shape[1]
+    for b in range(begin, end):
+        of_engagement = queries[b, dim:]
+        for d in range(bias.shape[0]):
+            queries[b, d] += bias[d]
+        for d in range(dim):
+            queries[b, d] += user[user_at[b], d]
+        for d in range(dim):
+            of_engagement[d] += user[user_at[b], d]
 
 
 @compiled_sums("i8[::1], (f4[:, ::1],) * 3, (f4[:, ::1],) * 3")
@@ -489,20 +495,19 @@ def scatter_rows(
     dim, latest, fields = embedded.user.shape[1], embedded.latest_at.shape[1], embedded.context_at.shape[1]
     of_latest = np.float32(1.0) / np.float32(latest)
     for b in range(by_rows.shape[0]):
-        at, by_engagement = embedded.user_at[b], by_queries[b, dim:]
-        by_categories, by_context = by_rows[b, dim:], by_rows[b, 2 * dim :]
+        at = embedded.user_at[b]
         for d in range(dim):
-            user[at, d] += by_rows[b, d] + by_queries[b, d] + by_engagement[d]
+            user[at, d] += by_rows[b, d] + by_queries[b, d] + by_queries[b, dim + d]
         for j in range(latest):
             at = embedded.latest_at[b, j]
             for d in range(dim):
-                category[at, d] += by_categories[d] * of_latest
+                category[at, d] += by_rows[b, dim + d] * of_latest
         if fields:
             of_fields = np.float32(1.0) / np.float32(fields)
             for j in range(fields):
                 at = embedded.context_at[b, j]
                 for d in range(dim):
-                    context[at, d] += by_context[d] * of_fields
+                    context[at, d] += by_rows[b, 2 * dim + d] * of_fields
     for p in range(by_popular_rows.shape[0]):
         at = embedded.popular_at[p]
         for d in range(dim):
