@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from msgspec import Meta, Struct, field
+from msgspec import Meta, Struct, field, json
 
 Probability = Annotated[float, Meta(ge=0.0, le=1.0)]
 PublicId = Annotated[str, Meta(pattern="^[0-9a-f]{16}$", description="16 hexadecimal digits.")]
@@ -362,3 +362,9 @@ class ModelOutputs(Struct, frozen=True):
     """Predictions by column: a list for each output, or the list itself if there is only one output."""
 
     outputs: dict[str, Any] | list[Any]
+
+
+# msgspec analyses a type at its first use, and two threads of the user's program that do so at once crash the process.
+for _kind in [*vars().values()]:
+    if isinstance(_kind, type) and issubclass(_kind, Struct) and _kind is not Struct:
+        json.Decoder(_kind)

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from msgspec import convert
 
 from state.config.sections import GuardSettings
 from state.config.settings import Settings
+from state.disk.documents import convert
 from state.errors import UnusableRegistry
 from state.metrics import TrainerMetrics
 from state.microbatch.batch import MicroBatch

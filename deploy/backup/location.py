@@ -19,6 +19,7 @@ import msgspec
 import zstandard
 
 from state import file_store
+from state.disk import documents
 from state.disk import files as durable
 from state.errors import BackupError, DamagedBackup, LockHeld
 from state.file_store import FileStore
@@ -385,12 +386,12 @@ class Lease:
         return bool(tag)
 
     def _lives(self, data: bytes) -> bool:
-        lock = msgspec.json.decode(data, type=_Lock)
+        lock = documents.decode(data, _Lock)
         return self._clock() - lock.at_ms / 1000 <= STALE_S and not durable.is_dead(lock.owner)
 
     def _holder(self) -> str:
         data, _ = self._store.tagged(LOCK)
         if not data:
             return "another process has just begun or ended"
-        host, pid, _ = msgspec.json.decode(data, type=_Lock).owner.rsplit("@", 2)
+        host, pid, _ = documents.decode(data, _Lock).owner.rsplit("@", 2)
         return f"process {pid} on {host} writes there"

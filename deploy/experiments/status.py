@@ -15,6 +15,7 @@ from deploy.formats import age, decimal, iso
 from state import layout
 from state.config.settings import Settings
 from state.config.sources import span_ms
+from state.disk import documents
 from state.disk.lock import is_held
 from state.errors import SpringtideError
 from state.experiments.comparison import ComparisonFigures, read_figures
@@ -206,7 +207,7 @@ def _rollout_sentences(experiment: Mapping[str, Any]) -> list[str]:
 
 
 def _figures(experiment: Mapping[str, Any]) -> ComparisonFigures | None:
-    return None if experiment["compared"] is None else msgspec.convert(experiment["compared"], ComparisonFigures)
+    return None if experiment["compared"] is None else documents.convert(experiment["compared"], ComparisonFigures)
 
 
 def retrain_status(settings: Settings, now_ms: int) -> dict[str, Any] | None:

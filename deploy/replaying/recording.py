@@ -27,6 +27,7 @@ from deploy.replaying.clock import MAX, NO_TIMESTAMP, Clock, Hand, Stamped, stam
 from deploy.replaying.sender import LARGEST_VALUE, Outbox, Piece, Progress, missing, rows_within
 from state import layout
 from state.config.sections import Events
+from state.disk import documents
 from state.disk import files as durable
 from state.errors import CorruptStore, DecodeError, SettingsError
 from state.events.dead_letters import DeadLetter, Reason
@@ -131,7 +132,7 @@ class ReplayJournal:
             CorruptStore: The file cannot be read, or another release wrote it.
         """
         try:
-            return msgspec.json.decode(self._path.read_bytes(), type=Position)
+            return documents.decode(self._path.read_bytes(), Position)
         except FileNotFoundError:
             return None
         except (msgspec.DecodeError, UnicodeDecodeError) as error:

@@ -28,6 +28,7 @@ from state.attributes.store import AttributeStore
 from state.attributes.values import tables_of
 from state.compiled.preparing import Kernels
 from state.config.settings import Settings
+from state.disk import documents
 from state.disk import memory_place as place
 from state.disk.files import HOST
 from state.disk.lmdb_store import MAP_BYTES, PAGES_MS
@@ -227,7 +228,7 @@ class ExposureForwarder:
             # 1.
             writer = self._writer = self._writer or self._log.writer()
             for record in records:
-                user = msgspec.json.decode(record, type=_Keyed).user
+                user = documents.decode(record, _Keyed).user
                 writer.send(self._topic, None, user.encode(), record)
             # 2.
             writer.flush()

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from state.attributes.values import SIDES
+from state.disk import documents
 from state.disk.lmdb_store import LmdbStore, put_all
 
 OUTCOMES = ("value", "removed", "dead", "absent")
@@ -60,7 +61,7 @@ class AttributeStore(LmdbStore):
         """The position in the side's topic; None if nothing was read yet."""
         with self._env.begin(db=self._meta) as transaction:
             stored = transaction.get(side.encode())
-        return None if stored is None else msgspec.json.decode(stored, type=TopicPosition)
+        return None if stored is None else documents.decode(stored, TopicPosition)
 
     def count(self, side: str) -> int:
         """The number of ids that have attributes."""

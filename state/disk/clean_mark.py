@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 
+from state.disk import documents
 from state.disk import files as durable
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -32,7 +33,7 @@ def read(path: Path) -> CleanMark | None:
     if not path.exists():
         return None
     try:
-        return msgspec.json.decode(path.read_bytes(), type=CleanMark)
+        return documents.decode(path.read_bytes(), CleanMark)
     except msgspec.MsgspecError:
         return CleanMark(False, "")
 

@@ -35,6 +35,7 @@ from msgspec.structs import replace
 
 from state import layout
 from state.config.settings import Settings
+from state.disk import documents
 from state.disk import files as durable
 from state.disk.lock import DirectoryLock
 from state.errors import ControlConflict, RegistryError, SettingsError
@@ -548,7 +549,7 @@ class Experiments:
     def read_report(self, kind: type[Document]) -> Document | None:
         """Reads the newest report on a rollout; None if there is none yet, or it cannot be read."""
         try:
-            return msgspec.json.decode((self.shared / REPORT).read_bytes(), type=kind)
+            return documents.decode((self.shared / REPORT).read_bytes(), kind)
         except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
             return None
 

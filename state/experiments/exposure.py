@@ -7,6 +7,7 @@ from typing import Literal
 
 import msgspec
 
+from state.disk import documents
 from state.events.identity import Salt
 
 Arm = Literal["trial", "live"]
@@ -78,6 +79,6 @@ def decode(value: bytes) -> Exposure | None:
     True
     """
     try:
-        return msgspec.json.decode(value, type=Exposure)
+        return documents.decode(value, Exposure)
     except (msgspec.MsgspecError, UnicodeDecodeError):
         return None

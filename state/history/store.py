@@ -22,7 +22,7 @@ import msgspec
 import numpy as np
 
 from state.config.settings import Settings
-from state.disk import memory_place
+from state.disk import documents, memory_place
 from state.disk.clean_mark import CleanMark
 from state.disk.lmdb_store import FORMAT, PAGES_MS, keys_with, pages_bytes, put_all
 from state.disk.memory_store import MemoryStore, enter
@@ -72,7 +72,7 @@ class ForgottenUsers:
     @classmethod
     def from_json(cls, value: bytes | None) -> ForgottenUsers:
         """Decodes the output of `to_json`; None if nothing was erased yet."""
-        return cls() if value is None else msgspec.json.decode(value, type=cls)
+        return cls() if value is None else documents.decode(value, cls)
 
 
 class StoreView:

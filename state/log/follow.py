@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from state.disk import documents
 from state.errors import GapError, LogError, TruncatedLog
 from state.log import Log, PartitionBatch, Reader
 
@@ -46,7 +47,7 @@ class Position:
     @classmethod
     def from_json(cls, data: bytes | None) -> Position | None:
         """Decodes the output of `to_json`; None for no data."""
-        return msgspec.json.decode(data, type=cls) if data else None
+        return documents.decode(data, cls) if data else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypedDict, Unpack
 import msgspec
 from msgspec.structs import replace as changed
 
+from state.disk import documents
 from state.errors import UnfitMask, UnfitVersion
 from state.features.erased import Erased, MaskedUsers
 from state.features.mask import Mask, Named
@@ -298,9 +299,9 @@ def decode(data: bytes, users_of: UsersOf, erased_of: ErasedOf) -> Control:
         ValueError: This release does not read its format, a field is missing or has another type, or a file is missing.
     """
     try:
-        document = upgraded(msgspec.json.decode(data, type=dict[str, Any]))
+        document = upgraded(documents.decode(data, dict[str, Any]))
         erased = document.pop("erased", None)
-        control = msgspec.convert(document, Control, dec_hook=lambda kind, users: users_of(users["sha256"]))
+        control = documents.convert(document, Control, dec_hook=lambda kind, users: users_of(users["sha256"]))
         return control if erased is None else changed(control, erased=erased_of(erased["sha256"]))
     except (msgspec.MsgspecError, KeyError, TypeError) as error:
         raise ValueError(f"no control: {error}") from error

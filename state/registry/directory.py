@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 import msgspec
 
 from state import layout
+from state.disk import documents
 from state.disk import files as durable
 from state.errors import SettingsError, UnusablePlace, UnusableRegistry, reason_of
 from state.file_store import FileStore, open_store
@@ -47,7 +48,7 @@ def bound(path: Path) -> Binding | None:
         SettingsError: The binding is damaged.
     """
     try:
-        return msgspec.json.decode((path / BINDING).read_bytes(), type=Binding)
+        return documents.decode((path / BINDING).read_bytes(), Binding)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except msgspec.MsgspecError as error:
@@ -212,21 +213,21 @@ class Directory:
 
 def own_documents(folder: Path, kind: type[Document]) -> dict[str, Document]:
     """The documents that processes of this host replace in a folder, by file name; unreadable ones are skipped."""
-    documents = {}
+    by_name = {}
     for path in sorted(folder.glob("*.json")):
         with suppress(OSError, ValueError):
-            documents[path.name] = msgspec.json.decode(path.read_bytes(), type=kind)
-    return documents
+            by_name[path.name] = documents.decode(path.read_bytes(), kind)
+    return by_name
 
 
 def stored_documents(store: FileStore, folder: str, kind: type[Document], own: Collection[str]) -> dict[str, Document]:
     """The documents of other hosts in an object store, by name, without those named in `own`; likewise."""
-    documents = {}
+    by_name = {}
     for name in store.names(folder):
         if name not in own:
             with suppress(FileNotFoundError, ValueError):
-                documents[name] = msgspec.json.decode(store.read(f"{folder}/{name}"), type=kind)
-    return documents
+                by_name[name] = documents.decode(store.read(f"{folder}/{name}"), kind)
+    return by_name
 
 
 def all_documents(directory: Directory, folder: str, kind: type[Document]) -> list[Document]:
@@ -235,11 +236,11 @@ def all_documents(directory: Directory, folder: str, kind: type[Document]) -> li
     Raises:
         UnusableRegistry: The object store of the shared registry cannot be reached.
     """
-    documents = own_documents(directory.path / folder, kind)
+    by_name = own_documents(directory.path / folder, kind)
     if (store := directory.shared) is not None:
         with sharing():
-            documents |= stored_documents(store, folder, kind, documents)
-    return list(documents.values())
+            by_name |= stored_documents(store, folder, kind, by_name)
+    return list(by_name.values())
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 
 from state import layout
+from state.disk import documents
 from state.disk import files as durable
 from state.registry.directory import all_documents, own_documents
 from state.registry.registry import Registry
@@ -99,7 +100,7 @@ def entries(registry: Path) -> list[HostEntry]:
     """The entries in a registry's directory, by name, live or not; unreadable ones are skipped."""
     folder, fetched = registry / layout.HOSTS, list[HostEntry]()
     with suppress(OSError, ValueError):
-        fetched = msgspec.json.decode((folder / layout.FETCHED).read_bytes(), type=list[HostEntry])
+        fetched = documents.decode((folder / layout.FETCHED).read_bytes(), list[HostEntry])
     return _by_name([*fetched, *own_documents(folder, HostEntry).values()])
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 
+from state.disk import documents
 from state.errors import RegistryError
 from state.registry.directory import Directory
 
@@ -94,7 +95,7 @@ def read(path: Path) -> PrivacyLedger | None:
         OSError: The disk refused.
     """
     try:
-        ledger = msgspec.json.decode(path.read_bytes(), type=PrivacyLedger)
+        ledger = documents.decode(path.read_bytes(), PrivacyLedger)
         if ledger.format != FORMAT:
             raise ValueError(f"its format is {ledger.format}, this release reads {FORMAT}")
         return ledger

@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from state.disk import documents
+
 Document = TypeVar("Document")
 
 
@@ -41,7 +43,7 @@ def unseal(data: bytes) -> bytes:
 
 def _as_kind(data: bytes, kind: type[Document]) -> Document:
     try:
-        return msgspec.json.decode(data, type=kind)
+        return documents.decode(data, kind)
     except msgspec.MsgspecError as error:
         raise ValueError(str(error)) from error
 

@@ -32,6 +32,7 @@ import zstandard
 from msgspec import structs
 
 from state import layout
+from state.disk import documents
 from state.disk import files as durable
 from state.errors import CorruptVersion, LockHeld, UnknownVersion, UnusablePlace, UnusableRegistry
 from state.file_store import FileStore
@@ -92,7 +93,7 @@ def holder(store: FileStore, number: int, silence: Silence) -> str:
     """The host whose trainer holds a claim; empty if there is no such claim, or it was released or has expired."""
     try:
         data = store.read(_claim_name(number))
-        claim = msgspec.json.decode(data, type=_Claim)
+        claim = documents.decode(data, _Claim)
     except FileNotFoundError:
         return ""
     except msgspec.MsgspecError:
@@ -137,7 +138,7 @@ def require_newest(store: FileStore, own: int) -> None:
         UnusablePlace: The object store cannot be reached.
     """
     try:
-        host = msgspec.json.decode(store.read(_claim_name(own + 1)), type=_Claim).host
+        host = documents.decode(store.read(_claim_name(own + 1)), _Claim).host
     except FileNotFoundError:
         return
     except msgspec.MsgspecError:
@@ -211,6 +212,9 @@ class Pack(msgspec.Struct, frozen=True):
     versions: list[tuple[int, dict[str, bytes]]]
 
 
+_packs = msgspec.msgpack.Decoder(Pack)
+
+
 def pack_name(first: int) -> str:
     """The name of the pack that begins with this version; a host that has the preceding version can compute it."""
     return f"{RECENT}/{first:012d}"
@@ -237,7 +241,7 @@ def decode_pack(data: bytes) -> Pack:
         raise ValueError("a pack of versions fails its digest")
     if not 0 <= zstandard.frame_content_size(frame) <= MOST_PACK_BYTES:
         raise ValueError("a pack of versions is larger than any")
-    return msgspec.msgpack.decode(zstandard.ZstdDecompressor().decompress(frame), type=Pack)
+    return _packs.decode(zstandard.ZstdDecompressor().decompress(frame))
 
 
 # The trainer's side

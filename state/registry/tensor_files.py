@@ -18,6 +18,8 @@ import numpy.typing as npt
 import zstandard
 from safetensors import safe_open
 
+from state.disk import documents
+
 Array = npt.NDArray[Any]
 
 LEVEL = 1
@@ -132,7 +134,7 @@ def tensor_in(path: Path, name: str) -> Array | None:
 def _head(data: bytes) -> dict[str, Any]:
     length = int.from_bytes(data[:HEAD_BYTES], "little")
     try:
-        return msgspec.json.decode(data[HEAD_BYTES : HEAD_BYTES + length], type=dict[str, Any])
+        return documents.decode(data[HEAD_BYTES : HEAD_BYTES + length], dict[str, Any])
     except msgspec.MsgspecError as error:
         raise ValueError(f"no tensor file: {error}") from error
 

@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from state.disk import documents
 from state.errors import UnknownVersion
 from state.registry.manifest import Manifest, Visible, extend, sees
 from state.registry.tensor_files import load
@@ -53,7 +54,7 @@ class Served:
     @classmethod
     def parse(cls, record: bytes | memoryview) -> Served:
         """Parses the record that `to_json` wrote."""
-        return msgspec.json.decode(record, type=cls)
+        return documents.decode(record, cls)
 
     def to_json(self) -> bytes:
         """Encodes this record as a JSON object."""

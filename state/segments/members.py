@@ -17,6 +17,7 @@ from typing import NamedTuple
 import lmdb
 import msgspec
 
+from state.disk import documents
 from state.disk.lmdb_store import LmdbStore, keys_with
 
 _KEY = re.compile(rb"([0-9a-f]{16}):([A-Za-z0-9_-]{1,64})")
@@ -108,7 +109,7 @@ class SegmentStore(LmdbStore):
     def position(self) -> SegmentsPosition | None:
         """The position up to which the topic was read; None before anything was read."""
         stored = self._stored(_POSITION)
-        return None if stored is None else msgspec.json.decode(stored, type=SegmentsPosition)
+        return None if stored is None else documents.decode(stored, SegmentsPosition)
 
     def sizes(self) -> dict[str, int]:
         """The number of members of each segment, in one snapshot; empty segments may be missing."""

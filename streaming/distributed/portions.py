@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from state.disk import documents
 from state.events.parser import EventBatch
 from state.features.spec import EVENT
 from state.positions import Range, share_of
@@ -48,7 +49,9 @@ def decode(data: bytes, kind: type[Value]) -> Value:
         msgspec.ValidationError: The data is not of that type.
     """
     if kind not in _decoders:
-        _decoders[kind] = msgspec.msgpack.Decoder(kind, dec_hook=_as_array)
+        # Worker threads share this module.
+        with documents.analysing:
+            _decoders[kind] = msgspec.msgpack.Decoder(kind, dec_hook=_as_array)
     return cast(Value, _decoders[kind].decode(data))
 
 

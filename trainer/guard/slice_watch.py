@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from msgspec import convert
 
+from state.disk.documents import convert
 from trainer.guard.rules import FEWEST_OF_A_KIND, MOST, NORMAL, SLACK, SLICE, WindowStart
 from trainer.measures.intervals import widened
 

@@ -52,6 +52,7 @@ from deploy.serving.requests.parameters import (
 from deploy.serving.requests.routing import Router
 from deploy.serving.requests.worker_metrics import rendered
 from springtide_client import answers as responses
+from state.disk import documents
 from state.errors import BadRequest
 from state.registry.hosts import RoutingTable
 from state.segments.expression import NAME
@@ -314,7 +315,7 @@ def _message_of(response: Response, kind: str) -> Any:
 
 def _convert(fields: Mapping[str, Any], kind: type[Parameters]) -> Parameters:
     try:
-        return msgspec.convert(fields, kind)
+        return documents.convert(fields, kind)
     except msgspec.ValidationError as error:
         problem, where = what_and_where(error)
         raise BadRequest(f"{where.lstrip('/') or 'the request'}: {problem}", "correct it", where) from None

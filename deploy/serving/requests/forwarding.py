@@ -10,6 +10,7 @@ import httpx
 import msgspec
 
 from deploy.serving.requests.http import JSON, Headers, Receive, Request, Response, header
+from state.disk import documents
 
 ROUTES = frozenset(("profile", "explain", "rank", "recommendations", "similar"))
 """The endpoints that answer about one user."""
@@ -98,13 +99,13 @@ class QuestionBatch(msgspec.Struct, frozen=True):
         (['7'], None)
         """
         try:
-            members = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+            members = documents.decode(body, dict[str, msgspec.Raw])
             (name,) = members.keys() & {"profiles", "users"}
-            questions = msgspec.json.decode(members.pop(name), type=list[msgspec.Raw])
+            questions = documents.decode(members.pop(name), list[msgspec.Raw])
             if name == "users":
-                users = [str(msgspec.json.decode(question, type=str | int)) for question in questions]
+                users = [str(documents.decode(question, str | int)) for question in questions]
             else:
-                users = [str(msgspec.json.decode(question, type=_Asker).user_id) for question in questions]
+                users = [str(documents.decode(question, _Asker).user_id) for question in questions]
         except (msgspec.MsgspecError, UnicodeDecodeError, ValueError):
             return None
         return cls(name, questions, users, members)
@@ -127,7 +128,7 @@ def rows_of(response: Response | None, count: int) -> list[bytes] | None:
     if response is None or response.status != 200:
         return None
     try:
-        rows = [bytes(row) for row in msgspec.json.decode(response.body, type=_Answered).profiles]
+        rows = [bytes(row) for row in documents.decode(response.body, _Answered).profiles]
     except (msgspec.MsgspecError, UnicodeDecodeError):
         return None
     return rows if len(rows) == count else None
@@ -145,7 +146,7 @@ async def answered_here(request: Request, batch: QuestionBatch, indices: Sequenc
 def user_in(body: bytes) -> str | None:
     """Returns the raw user id of a body; None without a valid one, and then the endpoint reports the error."""
     try:
-        return str(msgspec.json.decode(body, type=_Asker).user_id)
+        return str(documents.decode(body, _Asker).user_id)
     except (msgspec.MsgspecError, UnicodeDecodeError):
         return None
 

@@ -14,6 +14,7 @@ import orjson
 
 from deploy.serving.requests.access import READ
 from springtide_client.answers import Failure
+from state.disk import documents
 from state.errors import BadRequest, SpringtideError
 
 Scope = MutableMapping[str, Any]
@@ -209,7 +210,7 @@ def parameters(query_string: bytes, kind: type[Parameters]) -> Parameters:
         else:
             values[name] = value
     try:
-        return msgspec.convert(values, kind, strict=False)
+        return documents.convert(values, kind, strict=False)
     except msgspec.ValidationError as error:
         problem, where = what_and_where(error)
         name = where.strip("/").replace("/", ".")
@@ -259,9 +260,9 @@ def document(body: bytes, kinds: Sequence[type[msgspec.Struct]], example: str) -
     try:
         kind = kinds[0]
         if len(kinds) > 1:
-            names = msgspec.json.decode(body, type=dict[str, msgspec.Raw]).keys()
+            names = documents.decode(body, dict[str, msgspec.Raw]).keys()
             kind = next((kind for kind in kinds if _required(kind) <= names), kind)
-        return msgspec.json.decode(body, type=kind)
+        return documents.decode(body, kind)
     except msgspec.ValidationError as error:
         problem, where = what_and_where(error)
         raise BadRequest(f"{where or 'the body'}: {problem}", f"send {example}", where) from None
@@ -321,7 +322,7 @@ def failure(error: SpringtideError) -> Response:
 def error_in(response: Response) -> SpringtideError:
     """Returns the error that another host's response reports."""
     try:
-        failure = msgspec.json.decode(response.body, type=Failure)
+        failure = documents.decode(response.body, Failure)
     except msgspec.MsgspecError:
         failure = Failure(f"another host answered with status {response.status}", "check its log")
     error = BadRequest(failure.error, failure.do, failure.where, response.status)
