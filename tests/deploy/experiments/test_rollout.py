@@ -90,6 +90,7 @@ class Site:
     def __init__(self, folder: Path, kafka: Kafka, lowered: Lowered) -> None:
         self.kafka, self.seeds = kafka, itertools.count(1)
         self.driven: list[subprocess.Popen[bytes]] = []
+        self.newest: list[tuple[int, str | None, int]] = []
         with Topics(kafka) as topics:
             topics.ensure(kafka.microbatches_topic, 1)
         self.trial = ServedHost(folder / "trial", kafka, lowered, 2)
@@ -124,11 +125,12 @@ class Site:
     ) -> list[tuple[int, str | None, int]]:
         """Users ask and engage, so often an answer as the rate of their arm says, until it is over."""
         asked, deadline, random = [], time.monotonic() + PATIENCE_S, np.random.default_rng(next(self.seeds))
+        self.newest = []
         for numbers in crowd or (random.integers(0, USERS, 100).tolist() for _ in itertools.count()):
             if over():
                 return asked
             assert time.monotonic() < deadline, f"it did not happen in time, after {len(asked):,} answers"
-            given = self.ask_many(numbers)
+            given = self.newest = self.ask_many(numbers)
             asked += given
             engaged = [
                 user_id(SALT, f"user-{number}")
@@ -249,14 +251,12 @@ def test_a_better_trial_comes_to_everybody_though_what_drives_it_is_killed(site:
     before = site.experiment
     places = {number: position_of(SALT, "wider", user_id(SALT, f"user-{number}")) for number in range(USERS)}
     joining = next(number for number, place in places.items() if arm_of(place, 0.3) != arm_of(place, before.share))
-    meanwhile: list[tuple[int, str | None, int]] = []
 
     def took_the_step() -> bool:
-        """Whether the host has read the step's share, a moment after its driver told of it."""
-        meanwhile.extend(site.ask_many([joining]))
-        return meanwhile[-1][1] == TRIAL
+        """Whether the host has read the step's share, a moment after its driver reported it."""
+        return bool(site.newest) and site.newest[-1][1] == TRIAL
 
-    until(took_the_step)
+    meanwhile = site.use(rates, took_the_step, itertools.repeat([joining]))
     meanwhile += site.use(rates, iter([False, False, True]).__next__)
     assert site.experiment == before, "shares stay as they are"
     assert all(arm == arm_of(places[number], before.share) for number, arm, _ in meanwhile[-100:])
