@@ -29,6 +29,8 @@ import numpy as np
 from tests.bench.report import Figure, report
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from state.microbatch.batch import MicroBatch
     from trainer.engine.step import Trainer
 
@@ -77,7 +79,7 @@ def measure_parts(users: int, rows: int = ROWS) -> dict[str, float]:
             self.tasks_s, self.longest_s = self.tasks_s + sum(times_s), self.longest_s + max(times_s)
             return results
 
-        def run(self, *stages: Sequence[Work]) -> None:
+        def run(self, *stages: Sequence[Work], progress: NDArray[np.int64] | None = None) -> None:
             for number, work in enumerate(work for stage in stages for work in stage):
                 began_s = time.process_time()
                 work(0)
