@@ -242,8 +242,8 @@ def _accepted(args: argparse.Namespace) -> list[str]:
         return []
     from state.log import accepted_gaps
 
+    accepted_gaps.consent_of(args, actor="")
     options = accepted_gaps.as_options(args)
-    accepted_gaps.take_options(options, actor="", records=True)
     if not getattr(args, "upgrade", False):
         return options
     return ["--upgrade", *options, *([] if "--reason" in options else ["--reason", args.reason])]

@@ -43,14 +43,12 @@ class AcceptedLosses(NamedTuple):
         from state.errors import SettingsError
         from state.log import accepted_gaps
 
-        losses = cls(accepted_gaps.as_options(args, records=False), accepted_gaps.as_options(args))
-        consent, _ = accepted_gaps.take_options(losses.trainer, actor="", records=True)
-        if any(not allowance.topic for allowance in consent.allowances):
+        if any(not allowance.topic for allowance in accepted_gaps.consent_of(args, actor="").allowances):
             raise SettingsError(
                 "--accept-gap: write TOPIC_ID:PARTITION:A-B as the error did",
                 "stream and trainer read different topics",
             )
-        return losses
+        return cls(accepted_gaps.as_options(args, records=False), accepted_gaps.as_options(args))
 
 
 def parser() -> argparse.ArgumentParser:

@@ -59,8 +59,8 @@ READER_POLL_S, LOSSES_RETRY_S = 1.0, 10.0
 """Seconds between two checks for a reader of row losses, and after a failed write of them."""
 CONTROL_S = 0.05
 """Seconds between two polls of control."""
-IDLE_TICKS = 50
-"""Of so many polls without a record, one shows the account and the guard."""
+IDLE_TICKS = 20
+"""Of so many polls without a record, one shows the account and the guard: once a second (`trainer/loop.py`, `WAIT_S`)."""
 RECORDS = 32
 """The most records of one poll."""
 NO_CONSENT = Consent()

@@ -283,10 +283,19 @@ def take_options(argv: Sequence[str], actor: str, records: bool = False) -> tupl
         raise SettingsError(
             str(error), "write --accept-gap PARTITION:A-B or --skip-record OFFSET, and --reason TEXT"
         ) from error
-    skipped = args.skip_record if records else []
+    return consent_of(args, actor), words
+
+
+def consent_of(args: argparse.Namespace, actor: str) -> Consent:
+    """Returns what the parsed options of `add_options` accept.
+
+    Raises:
+        SettingsError: An option has an invalid form, or there is no reason.
+    """
+    skipped = getattr(args, "skip_record", [])
     named = {"--accept-gap": args.accept_gap, "--accept-cut-back": args.accept_cut_back, "--skip-record": skipped}
     if any(named.values()) and not args.reason.strip():
         option = next(name for name, value in named.items() if value)
         raise SettingsError(f"{option} needs --reason TEXT: a loss is accepted by somebody, for a reason")
     allowances = tuple(parse_allowance(text) for text in args.accept_gap)
-    return Consent(allowances, actor, args.reason, tuple(map(parse_records, skipped)), args.accept_cut_back), words
+    return Consent(allowances, actor, args.reason, tuple(map(parse_records, skipped)), args.accept_cut_back)
