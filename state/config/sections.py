@@ -248,7 +248,7 @@ class Stream:
         help="Maximum time before a micro-batch is written; on a distributed runner, the time for which a source collects clicks.",
     )
     cut_rows: int = setting(
-        2048,
+        4096,
         "rows",
         least=1,
         most=65536,

@@ -60,7 +60,7 @@ def encode(header: Header, columns: Columns) -> bytes:
     rows = len(columns["user"])
     arrays, fields = [], []
     for name in SCALARS:
-        arrays.append(_array(columns[name]))
+        arrays.append(arrow_array(columns[name]))
         fields.append(pa.field(name, arrays[-1].type, nullable=False))
     sequences = _sequences(columns)
     for name in (*LISTS, *sequences):
@@ -68,7 +68,7 @@ def encode(header: Header, columns: Columns) -> bytes:
         width = int(np.prod(column.shape[1:], dtype=np.int64))
         kind = pa.list_(pa.field("item", pa.from_numpy_dtype(column.dtype), nullable=False), width)
         # FixedSizeListArray.from_arrays cannot determine the number of empty lists.
-        arrays.append(pa.Array.from_buffers(kind, rows, [None], children=[_array(column.reshape(-1))]))
+        arrays.append(pa.Array.from_buffers(kind, rows, [None], children=[arrow_array(column.reshape(-1))]))
         fields.append(pa.field(WRITTEN.get(name, name), kind, nullable=False))
     document = {
         "format": WITH_SEQUENCES if sequences else FORMAT,
@@ -124,7 +124,7 @@ def decode_events(value: bytes) -> MicroBatch:
     return decode(value, EVENTS)
 
 
-def _array(values: NDArray[Any]) -> pa.Array:
+def arrow_array(values: NDArray[Any]) -> pa.Array:
     """`[n]` as an Arrow array. `pa.array` and `Array.to_numpy` would import pandas, which takes a third of a second."""
     buffer = pa.py_buffer(np.ascontiguousarray(values))
     return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [None, buffer])

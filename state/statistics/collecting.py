@@ -25,13 +25,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 from tfx_bsl.sketches import KmvSketch, MisraGriesSketch
 
 from state.attributes.values import AttributeTable
 from state.compiled import compiled
 from state.microbatch.batch import ATTRIBUTES, Columns, happened, trained
+from state.microbatch.codec import arrow_array
 
 USER, ACTION, ITEM = "user", "action", "item"
 CATEGORY, LABEL, DELAY = "category", "label", "delay_s"
@@ -80,10 +80,10 @@ class Categorical:
             values_found, counts = values_found[1:], counts[1:]
         if not len(values_found):
             return
-        values = pa.array(values_found.view(np.int64))
+        values = arrow_array(values_found.view(np.int64))
         self._different.AddValues(values)
         if self._listed:
-            self._frequent.AddValues(values, pa.array(counts.astype(np.float32)))
+            self._frequent.AddValues(values, arrow_array(counts.astype(np.float32)))
 
     def merge(self, other: Categorical) -> None:
         """Adds the counts of `other`, which does not change."""

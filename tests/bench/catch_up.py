@@ -49,7 +49,7 @@ from tests.reading import append_encoded
 from trainer.engine.step import Trainer
 from trainer.model.model import Preprocessing
 
-STEPS = (256, 512, 1024, 2048)
+STEPS = (256, 512, 1024, 2048, 4096)
 WITHIN = ">= -0.5"
 CHUNK = 5000
 FOREVER = {"retention.ms": "-1"}
