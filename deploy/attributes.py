@@ -14,7 +14,7 @@ from typing import TextIO
 import numpy as np
 import orjson
 
-from deploy.command_line import SETTINGS_HELP, run_command
+from deploy.command_line import run_command
 from deploy.replaying.sender import LARGEST_VALUE, Outbox, Piece, Progress, rows_within
 from state.attributes.values import SIDES, AttributeTable, id_of, tables_of
 from state.config.loading import load
@@ -22,9 +22,10 @@ from state.config.settings import Settings
 from state.config.sources import split_settings
 from state.errors import DecodeError, SettingsError
 from state.log import Topics, topic_plan
+from state.process.commands import parser_of
 from state.process.part import stop_on_signals
 from state.process.wall_clock import wall_ms
-from state.recordings.files import Recording, add_format_arguments, find
+from state.recordings.files import Recording, find
 from state.recordings.rows import RecordedRows, shown_reasons
 
 Record = tuple[bytes, bytes]
@@ -182,31 +183,6 @@ def summary(files: AttributeFiles, outcome: SentAttributes, took_s: float) -> st
     return "; ".join(parts)
 
 
-def parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command; settings have been removed from the arguments before."""
-    command = argparse.ArgumentParser(
-        prog="springtide attributes",
-        description="Write attributes of users and items to their compacted topics. [attributes] names the topics and "
-        "the columns. The last row of an id wins, and the command is idempotent.",
-        epilog=SETTINGS_HELP,
-        allow_abbrev=False,
-    )
-    add_sides(command)
-    add_format_arguments(command, ", of one side")
-    return command
-
-
-def add_sides(parser: argparse._ActionsContainer) -> None:
-    """Adds the options that name the files of users and items, and the columns of their ids."""
-    for side, sides in BY_SIDE.items():
-        parser.add_argument(
-            f"--{sides}", nargs="+", default=[], metavar="FILE", help=f"files or globs with attributes of {sides}: CSV, JSON lines or Parquet; .gz, .zst"
-        )  # fmt: skip
-        parser.add_argument(
-            f"--{side}-id", default="", metavar="NAME", help=f"column with the {side} id (default: events.{side})"
-        )
-
-
 def files_of(options: argparse.Namespace, settings: Settings) -> list[AttributeFiles]:
     """Returns what to send, according to the command line and `[attributes]`.
 
@@ -264,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work(arguments: Sequence[str]) -> None:
         flags, words = split_settings(arguments)
-        options = parser().parse_args(words)
+        options = parser_of("attributes").parse_args(words)
         stopped = stop_on_signals()
         run(options, load(flags), stopped)
 

@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from deploy.command_line import RefusingParser, output, run_command
+from deploy.command_line import run_command
 from deploy.formats import seconds
 from state.config.loading import load
 from state.config.settings import Settings
 from state.config.sources import split_settings
 from state.errors import SettingsError
+from state.process.commands import add_options, parser_of
 from state.user_shares import SHARES
 
 SOURCE = Path(__file__).with_name("capacity.toml")
@@ -191,14 +192,6 @@ class Sizing:
         return sorted(reached, key=lambda limit: -limit.share)
 
 
-DESCRIPTION = (
-    "Report the resources that a deployment needs (cores, memory, disk, partitions) and the limit it reaches first."
-)
-EPILOG = (
-    "These settings, written --section.name VALUE, affect the result: features.history, history.max_users, "
-    "serving.shares, trainer.max_rows, trainer.workers, model.dim, [registry], serving.keep_s, history.snapshot_every_s. Exit "
-    "codes: 0 done, 1 the load exceeds a limit, 2 wrong use."
-)
 SHOWN = Load(clicks=10_000, answers=20_000)
 _LARGE = Load(clicks=100_000, users=1e8, items=1e7, answers=200_000)
 _LARGEST = Load(clicks=1e6, users=1e9, items=1e8, answers=1e6)
@@ -247,7 +240,7 @@ def constant(text: str) -> tuple[str, float]:
 
 def parser(settings: Settings) -> argparse.ArgumentParser:
     """Returns the parser of the command: the fields of `Load`, and how to print."""
-    command = RefusingParser(prog="springtide capacity", description=DESCRIPTION, epilog=EPILOG, allow_abbrev=False)
+    command = parser_of("capacity")
     defaults = {"versions": 1 / settings.trainer.publish_s, "retention_h": settings.kafka.retention_h}
     for option in fields(Load):
         default, choices = defaults.get(option.name, option.default), option.metadata["choices"]
@@ -261,7 +254,7 @@ def parser(settings: Settings) -> argparse.ArgumentParser:
         default=[],
         help="a constant that was measured on your machine, as NAME=VALUE; repeatable",
     )
-    output(command)
+    add_options(command, {"-o --output": {"like": "output"}})
     return command
 
 

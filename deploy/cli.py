@@ -218,7 +218,7 @@ def run(argv: Sequence[str], become: Callable[[str, list[str]], None], now_ms: i
         SpringtideError: The command failed; the message is for the operator.
     """
     flags, words = split_settings(argv)
-    args, unknown = parser(words).parse_known_args(with_times(words))
+    args, unknown = parser().parse_known_args(with_times(words))
     if unknown and args.command not in OWN_HELP and not getattr(args, "runner", None):
         raise SettingsError(f"unknown argument {unknown[0]}", f"see `springtide {args.command} --help`")
     if args.command in PROCESSES:
@@ -243,10 +243,7 @@ def _accepted(args: argparse.Namespace) -> list[str]:
     from state.log import accepted_gaps
 
     accepted_gaps.consent_of(args, actor="")
-    options = accepted_gaps.as_options(args)
-    if not getattr(args, "upgrade", False):
-        return options
-    return ["--upgrade", *options, *([] if "--reason" in options else ["--reason", args.reason])]
+    return accepted_gaps.as_options(args)
 
 
 def become(module: str, flags: list[str]) -> None:

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import random
@@ -23,7 +22,7 @@ from typing import Any, NamedTuple
 import httpx
 import numpy as np
 
-from deploy.command_line import SETTINGS_HELP, output, run_command
+from deploy.command_line import run_command
 from deploy.replaying.sender import Outbox, Piece
 from deploy.serving.requests.access import READ, are_wanted, tokens_in
 from deploy.watch.scrape import serving_address
@@ -35,6 +34,7 @@ from state.events.identity import SLOTS, probe_user
 from state.log import Topics
 from state.metrics import ProbeMetrics, served
 from state.process import log_lines
+from state.process.commands import parser_of
 from state.process.log_lines import SaidOnce
 from state.process.part import stop_on_signals
 from state.process.wall_clock import wall_ms
@@ -316,37 +316,13 @@ def run(settings: Settings, stop: threading.Event, time_one: Callable[[], Passag
         stop.wait(max(0.0, begun_s + every_s - time.monotonic()))
 
 
-def parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command; settings are parsed separately."""
-    command = argparse.ArgumentParser(
-        prog="springtide probe",
-        description="Send a click of a probe user through the loop, and measure the time until answers include it and until their "
-        "version has learned it. The click has no item and no category, so it changes no metric, candidate or weight. "
-        "Exit codes: 0 the probe succeeded, 1 it failed, 2 wrong use.",
-        epilog=SETTINGS_HELP,
-        allow_abbrev=False,
-    )
-    output(command)
-    command.add_argument(
-        "--url",
-        default="",
-        help="address of the serving API to probe; default: serving on this host, as set in [serving]",
-    )
-    command.add_argument(
-        "--continuously",
-        action="store_true",
-        help=f"send a probe every probe.every_s ({EVERY_S:g} s if that is 0) until Ctrl-C, with metrics on up.metrics_port + 1",
-    )
-    return command
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     return run_command("springtide probe", _main, argv)
 
 
 def _main(words: Sequence[str]) -> int:
-    args, flags = parser().parse_known_args(words)
+    args, flags = parser_of("probe").parse_known_args(words)
     stop = stop_on_signals()
     # A failed attempt is reported once, with what failed; the client's own messages would repeat it.
     logging.getLogger("kafka").setLevel(logging.CRITICAL)

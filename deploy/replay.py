@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from deploy.command_line import SETTINGS_HELP, run_command
+from deploy.command_line import run_command
 from deploy.replaying.clock import MAX, parse_speed
 from deploy.replaying.recording import (
     NAMED_LINES,
@@ -33,10 +33,11 @@ from state.config.sources import split_settings
 from state.disk.lock import DirectoryLock
 from state.errors import LogError, SettingsError
 from state.log import Topics, topic_plan
+from state.process.commands import parser_of
 from state.process.part import stop_on_signals
 from state.process.wall_clock import wall_ms
 from state.recordings.crowd import as_utc
-from state.recordings.files import add_file_arguments, as_settings, chosen, digest
+from state.recordings.files import as_settings, chosen, digest
 from state.recordings.rows import NO_TIME, mapped_fields, shown_reasons
 
 
@@ -47,39 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(arguments: Sequence[str]) -> None:
     flags, words = split_settings(arguments)
-    parser = argparse.ArgumentParser(
-        prog="springtide replay",
-        description="Send clicks to the clicks topic: from files, or from synthetic shoppers.",
-        epilog=SETTINGS_HELP,
-        allow_abbrev=False,
-    )
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--synthetic", action="store_true", help="send clicks of synthetic shoppers (settings [shoppers])"
-    )
-    source.add_argument(
-        "--burst", nargs=3, metavar=("USER", "CATEGORY", "N"), help="send N clicks of one user in one category"
-    )
-    parser.add_argument("--limit", type=int, help="stop after this many events")
-    parser.add_argument(
-        "--speed",
-        default="",
-        metavar="60x|max",
-        help="speed, in recorded seconds per second (default: max for files, else 1x)",
-    )
-    parser.add_argument(
-        "--rate", type=float, help="events per second of the shoppers; 0: as fast as Kafka accepts them"
-    )
-    parser.add_argument(
-        "--head-start",
-        type=int,
-        default=0,
-        metavar="N",
-        help="number of earlier clicks of the shoppers, which are sent at once",
-    )
-    parser.add_argument("--seed", type=int, help="random seed of the shoppers")
-    _add_arguments(parser)
-    options = parser.parse_args(words)
+    options = parser_of("replay").parse_args(words)
     stopped = stop_on_signals()
     if bool(options.files) + options.synthetic + bool(options.burst) != 1:
         raise SettingsError("name what to replay: files, --synthetic, or --burst", "see `springtide replay --help`")
@@ -118,32 +87,6 @@ def _make_clicks(options: argparse.Namespace, settings: Settings, stopped: threa
         sent = let_click(shoppers, send, pace, stopped)
         took_s = max(time.monotonic() - started_s, 1e-9)
         print(f"sent {sent} clicks in {took_s:.1f} s ({sent / took_s:.0f}/s)", flush=True)
-
-
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_file_arguments(parser, "Only the columns in [events] are sent. The same command resumes where it stopped.")
-    times = parser.add_mutually_exclusive_group()
-    times.add_argument(
-        "--rebase-time",
-        action="store_false",
-        dest="keep_time",
-        default=False,
-        help="shift times to now (default): the time of the newest click with --speed max, or of the current click with 60x",
-    )
-    times.add_argument("--keep-time", action="store_true", help="keep the recorded times")
-    parser.add_argument(
-        "--longest-wait",
-        type=float,
-        default=10.0,
-        metavar="S",
-        help="maximum pause in seconds for a gap in the recording (default 10)",
-    )
-    parser.add_argument("--restart", action="store_true", help="start again from the beginning")
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="send nothing and do not connect to Kafka; print counts, refused rows by reason and line, and the first events",
-    )
 
 
 def identity(source: RecordingSource, topic: str, topic_id: str) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
@@ -11,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from deploy import sections
-from deploy.command_line import output, run_command
+from deploy.command_line import run_command
 from deploy.formats import seconds
 from deploy.operate.control import current
 from deploy.operate.versions import open_registry
@@ -23,6 +22,7 @@ from deploy.watch.snapshot import Poller, Snapshot
 from state.config.loading import load
 from state.config.settings import Settings
 from state.errors import SettingsError, SpringtideError
+from state.process.commands import parser_of
 from state.process.part import stop_on_signals
 from state.process.wall_clock import wall_ms
 from state.registry.control import Control
@@ -41,10 +41,6 @@ NUMBERS: Mapping[str, tuple[str, str]] = {
 BETWEEN_S = 1.0
 TIMEOUT_S = 60.0
 PARTS = (16, 12)
-DESCRIPTION = """Show the state of the loop: clicks per second, lag, dead letters by reason, step time, log loss, AUC, the
-served version, freshness and accounting. Rates cover the seconds between two polls; p50 and p99 cover the time since each
-process started, or the last minute with --watch. Problems come first and set the exit code to 1; an operator's hold does
-not."""
 
 
 class Condition(NamedTuple):
@@ -293,23 +289,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(words: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="springtide status", allow_abbrev=False, description=DESCRIPTION, epilog=EPILOG
-    )
-    output(parser)
-    parser.add_argument("-w", "--watch", action="store_true", help="refresh every second until Ctrl-C")
-    parser.add_argument(
-        "--wait-for",
-        metavar="CONDITION",
-        help=f"wait for {', '.join(CONDITIONS)}, or for version, epoch or answers with = or >= and a number, such as answers=176",
-    )
-    parser.add_argument(
-        "--timeout",
-        type=float,
-        default=TIMEOUT_S,
-        metavar="S",
-        help=f"maximum wait in seconds (default {TIMEOUT_S:.0f})",
-    )
+    parser = parser_of("status")
+    parser.epilog = EPILOG
     args, flags = parser.parse_known_args(words)
     settings = load(flags)
     if args.wait_for is not None:

@@ -34,7 +34,8 @@ class AcceptedLosses(NamedTuple):
     def of(cls, args: argparse.Namespace) -> AcceptedLosses:
         """Returns what the options accept.
 
-        >>> AcceptedLosses.of(parser().parse_args(["--skip-record", "7", "--reason", "a test wrote it"]))
+        >>> from state.process.commands import parser_of
+        >>> AcceptedLosses.of(parser_of("up").parse_args(["--skip-record", "7", "--reason", "a test wrote it"]))
         AcceptedLosses(stream=[], trainer=['--skip-record', '7', '--reason', 'a test wrote it'])
 
         Raises:
@@ -51,34 +52,6 @@ class AcceptedLosses(NamedTuple):
         return cls(accepted_gaps.as_options(args, records=False), accepted_gaps.as_options(args))
 
 
-def parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command; settings are parsed separately."""
-    from deploy.command_line import SETTINGS_HELP, RefusingParser
-    from state.log import accepted_gaps
-
-    command = RefusingParser(
-        prog="springtide up",
-        description="Run the whole loop on this machine until Ctrl-C: Kafka, stream, trainer, serving and synthetic shoppers. A "
-        "second run resumes where the last one stopped. A local Kafka implies --accept-cut-back.",
-        epilog=SETTINGS_HELP,
-        allow_abbrev=False,
-    )
-    command.add_argument("--no-shoppers", action="store_true", help="no synthetic clicks")
-    command.add_argument(
-        "--prometheus",
-        action="store_true",
-        help="also run a Prometheus with the rules of Springtide, if it is installed",
-    )
-    command.add_argument(
-        "--upgrade",
-        action="store_true",
-        help="continue from the learned state with another model or other features, in a new epoch; requires --reason TEXT. "
-        "Without it such settings are refused, with what would be kept",
-    )
-    accepted_gaps.add_options(command, records=True)
-    return command
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the loop until it is stopped; returns the exit code."""
     from state.errors import SettingsError, SpringtideError
@@ -92,12 +65,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         from deploy.startup.steps import Startup
         from deploy.watch.panel import Screen
         from state.config.loading import load
+        from state.process.commands import parser_of
         from state.process.part import Signals
         from state.process.private_files import keep_private
         from state.segments.expression import segments_of
 
         keep_private()
-        args, flags = parser().parse_known_args(argv)
+        args, flags = parser_of("up").parse_known_args(argv)
         accepted = AcceptedLosses.of(args)
         if args.upgrade and not args.reason.strip():
             raise SettingsError("--upgrade needs --reason TEXT, which is recorded in the history")

@@ -129,7 +129,7 @@ def commands() -> str:
     lines = [
         "# Command line",
         "",
-        "Generated from `deploy/command_line.py`. Every command accepts settings as flags (`--kafka.port 9192`) and "
+        "Generated from `state/process/commands.toml`. Every command accepts settings as flags (`--kafka.port 9192`) and "
         "`--config FILE`; [Configure](../how-to/configure.md) describes them. `--help` after a command prints this text.",
     ]
     for name, command in verbs.choices.items():

@@ -9,13 +9,11 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 import msgspec
 
-from deploy.attributes import add_sides, files_of
-from deploy.command_line import SETTINGS_HELP
+from deploy.attributes import files_of
 from deploy.formats import parse_time
 from deploy.replaying.news import NewsReaders
 from deploy.replaying.shoppers import ShopperCrowd
@@ -24,68 +22,16 @@ from state.config.settings import Settings
 from state.config.sources import split_settings
 from state.errors import SettingsError
 from state.process import log_lines
+from state.process.commands import parser_of
 from state.process.part import quiet_stderr, run_command, stop_on_signals, while_read
 from state.process.wall_clock import wall_ms
-from state.recordings.files import add_file_arguments, as_settings, chosen
+from state.recordings.files import as_settings, chosen
 
 if TYPE_CHECKING:
     from evaluation.recording import RecordedEvents, RecordLimits
 
-SYNTHETIC = ("news", "shoppers")
-CLICKS = 100_000
 BEGIN_MS = 1_790_000_000_000
 """The time of the first synthetic click; fixed, so that runs are reproducible."""
-
-
-def parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command line without settings, which are removed from the arguments before."""
-    root = argparse.ArgumentParser(
-        prog="springtide evaluate",
-        allow_abbrev=False,
-        description="Score interests, engagement and recommendations on recorded clicks, next to simple baselines. Each click "
-        "is predicted first and learned afterwards, in order of time, by the code of the stream, the trainer and serving. "
-        "Needs no Kafka.",
-        epilog=SETTINGS_HELP,
-    )
-    add_file_arguments(root, "The same options as for `springtide replay`.")
-    root.add_argument("--synthetic", choices=SYNTHETIC, help="evaluate synthetic clicks instead of files")
-    root.add_argument(
-        "--clicks", type=int, default=CLICKS, metavar="N", help=f"number of synthetic clicks (default {CLICKS:,})"
-    )
-    add_sides(root.add_argument_group("attributes", "The columns that [attributes] names."))
-    root.add_argument("--ranker", metavar="MODULE:FUNCTION", help="ranker to evaluate (model.ranker)")
-    part = root.add_mutually_exclusive_group()
-    part.add_argument("--last", type=int, metavar="N", help="evaluate only the last N clicks; the others only train")
-    part.add_argument(
-        "--from",
-        dest="begin",
-        metavar="TIME",
-        help="evaluate only clicks from TIME (ISO 8601) on; the others only train",
-    )
-    root.add_argument(
-        "--requests",
-        type=int,
-        default=2000,
-        metavar="N",
-        help="ask for recommendations before about N of the evaluated clicks (default 2000; 0: none)",
-    )
-    root.add_argument(
-        "--seed", type=int, default=7, metavar="N", help="random seed of these clicks, and of synthetic ones"
-    )
-    root.add_argument(
-        "--record-rows", type=int, default=512, metavar="N", help="maximum clicks of a training step (default 512)"
-    )
-    root.add_argument(
-        "--record-s",
-        type=float,
-        default=300.0,
-        metavar="S",
-        help="maximum log time of a training step, in seconds (default 300)",
-    )
-    root.add_argument("-o", "--output", choices=("text", "json"), default="text", help="output format (default text)")
-    root.add_argument("--json", type=Path, metavar="FILE", help="also write the result as JSON to FILE")
-    root.add_argument("--chart", type=Path, metavar="FILE.svg", help="also draw the figures over time to FILE.svg")
-    return root
 
 
 def settings_of(options: argparse.Namespace, flags: Sequence[str]) -> Settings:
@@ -149,8 +95,11 @@ def run(options: argparse.Namespace, flags: Sequence[str], errors: TextIO) -> st
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     flags, words = split_settings(sys.argv[1:] if argv is None else argv)
-    options = parser().parse_args(words)
-    return run_command("evaluate", lambda errors: print(run(options, flags, errors)))
+
+    def work(errors: TextIO) -> None:
+        print(run(parser_of("evaluate").parse_args(words), flags, errors))
+
+    return run_command("evaluate", work)
 
 
 if __name__ == "__main__":

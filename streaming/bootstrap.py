@@ -17,7 +17,6 @@ One bounded Beam job with the stream's own code for clicks and windows:
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
 import logging
@@ -33,7 +32,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import apache_beam as beam
 from apache_beam.io.filesystem import CompressionTypes
@@ -53,8 +52,9 @@ from state.log import Reader
 from state.microbatch.batch import Kind, trained
 from state.microbatch.examples import FORMAT, PREFIX, SCHEMA, SPEC, SUFFIXES, schema
 from state.microbatch.examples import record_batch as example_batch
+from state.process.commands import parser_of
 from state.process.part import Work, own_stderr, quiet_stderr, quiet_tensorflow, run_process
-from state.recordings.files import Recording, add_file_arguments, as_settings, chosen
+from state.recordings.files import Recording, as_settings, chosen
 from state.recordings.rows import shown_reasons
 from state.registry.model_fit import require_same_salt
 from state.registry.registry import Registry
@@ -456,13 +456,6 @@ def _keep(sample: Sample, transform: Path, folder: Path) -> None:
         (folder / name).write_bytes(data)
 
 
-class _Parser(argparse.ArgumentParser):
-    """An argument parser that raises Springtide's errors."""
-
-    def error(self, message: str) -> NoReturn:
-        raise SettingsError(message, f"see `{self.prog} --help`")
-
-
 def asked(argv: Sequence[str]) -> tuple[Settings, Wanted]:
     """Parses a command line.
 
@@ -470,24 +463,9 @@ def asked(argv: Sequence[str]) -> tuple[Settings, Wanted]:
         SettingsError: The command line is wrong.
     """
     flags, words = split_settings(argv)
-    parser = _Parser(
-        prog="springtide bootstrap",
-        description="Analyse past clicks once per feature spec, from files or from the start of the clicks topic.",
-        epilog="Settings are written --section.name VALUE. Exit codes: 0 done, 1 failed, 2 wrong use.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--rows", type=int, metavar="N", default=SAMPLE_ROWS, help="maximum number of clicks")
-    parser.add_argument(
-        "--examples",
-        type=Path,
-        metavar="DIR",
-        help="also write the examples in TFRecord files to DIR, which must be new or empty",
-    )
-    parser.add_argument("--of-up", action="store_true", help=argparse.SUPPRESS)
-    add_file_arguments(parser, "Recorded times are kept.")
-    options = parser.parse_args(words)
+    options = parser_of("bootstrap").parse_args(words)
     if options.rows < 1:
-        raise SettingsError(f"--rows {options.rows}: must be at least 1", f"see `{parser.prog} --help`")
+        raise SettingsError(f"--rows {options.rows}: must be at least 1", "see `springtide bootstrap --help`")
     settings = load([*flags, *as_settings(options)], os.environ)
     recording = chosen(options, settings.events) if options.files else None
     return settings, Wanted(recording, options.sort, options.examples, options.of_up, options.rows)

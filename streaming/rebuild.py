@@ -54,6 +54,7 @@ from state.microbatch.batch import Kind, MicroBatch, erased_rows, happened, new_
 from state.microbatch.codec import decode, encode
 from state.positions import Range, Source
 from state.process import killpoints
+from state.process.commands import parser_of
 from state.process.part import Work, run_process
 from state.process.progress_line import ProgressLine, bar
 from state.process.wall_clock import wall_ms
@@ -568,16 +569,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Rebuilds once; returns the exit code."""
 
     def start(words: Sequence[str]) -> tuple[Settings, Work]:
-        parser = argparse.ArgumentParser(prog="springtide rebuild-history", description=__doc__, allow_abbrev=False)
-        parser.formatter_class = argparse.RawDescriptionHelpFormatter
-        parser.add_argument(
-            "--from", dest="copy", type=Path, metavar="COPY", help="cleanly closed history store to start from"
-        )
-        parser.add_argument(
-            "--if-lost",
-            action="store_true",
-            help="rebuild only if the histories were lost with the machine or its container",
-        )
+        parser = parser_of("rebuild-history")
+        parser.description, parser.formatter_class = __doc__, argparse.RawDescriptionHelpFormatter
         options, flags = parser.parse_known_args(words)
         settings = load(flags, os.environ)
 

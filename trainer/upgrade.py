@@ -10,7 +10,6 @@ The command needs the trainer's lock; serving continues.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ from state.errors import RegistryError, SettingsError
 from state.features.spec import FeatureSpec
 from state.process import log_lines
 from state.process.actor import actor
+from state.process.commands import parser_of
 from state.process.part import quiet_stderr, run_command, while_read
 from state.process.private_files import keep_private
 from state.process.wall_clock import wall_ms
@@ -152,28 +152,10 @@ def propose(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Does one upgrade; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="springtide upgrade",
-        allow_abbrev=False,
-        description="Continue from the learned state with another model, preprocessing or feature spec, in a new epoch. The old "
-        "version answers until the first new version exists.",
-        epilog="Settings are written --section.name VALUE. Exit codes: 0 done, 1 failed, 2 wrong use.",
-    )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="show what would be carried over and what would start from scratch; change nothing",
-    )
-    parser.add_argument(
-        "--from-scratch",
-        action="store_true",
-        help="learn from scratch from the retained training log; histories and salt are kept",
-    )
-    parser.add_argument("--reason", default="", metavar="TEXT", help="reason; recorded with your name in the history")
-    args, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     keep_private()
 
     def work(errors: TextIO) -> None:
+        args, flags = parser_of("upgrade").parse_known_args(sys.argv[1:] if argv is None else argv)
         if not args.dry_run and not args.reason.strip():
             raise SettingsError("upgrade needs --reason TEXT, or --dry-run to see what it would do")
         settings, now_ms = load(flags, os.environ), wall_ms()

@@ -13,7 +13,6 @@ It runs next to the live system: it takes no lock and writes nothing.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -35,6 +34,7 @@ from state.log import Log, Reader
 from state.log.accepted_gaps import Journal
 from state.log.follow import Position, open_topic
 from state.process import log_lines
+from state.process.commands import parser_of
 from state.process.part import quiet_stderr, run_command, while_read
 from state.process.resources import run_in_background
 from state.registry.control import Control
@@ -420,25 +420,10 @@ def run(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Verifies one version; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="springtide verify",
-        allow_abbrev=False,
-        description="Recompute a version from its base and the training log, and compare every bit. Safe while the loop runs.",
-        epilog="Settings are written --section.name VALUE. Exit codes: 0 equal, 1 different, not comparable or not replayable, 2 wrong use.",
-    )
-    parser.add_argument("version", type=int, metavar="VERSION", help="version, as listed by `springtide versions`")
-    parser.add_argument(
-        "--from",
-        type=int,
-        dest="base",
-        metavar="BASE",
-        help="start from this version (default: the nearest base before)",
-    )
-    parser.add_argument("-o", "--output", choices=("text", "json"), default="text", help="output format (default text)")
-    args, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     run_in_background()
 
     def work(errors: TextIO) -> int:
+        args, flags = parser_of("verify").parse_known_args(sys.argv[1:] if argv is None else argv)
         settings = load(flags, os.environ)
         log_lines.follow(settings.logs)
         comparison = run(settings, args.version, args.base, partial(print, file=errors, flush=True))

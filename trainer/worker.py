@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
@@ -30,6 +29,7 @@ from state.errors import SettingsError, WorkerLost
 from state.features.spec import FeatureSpec
 from state.log import KERNELS as LOG_KERNELS
 from state.metrics import build, serve
+from state.process.commands import parser_of
 from state.process.log_lines import SaidOnce
 from state.process.part import Work, die_with, own_stderr, quiet_stderr, quiet_tensorflow, run_process
 from state.process.ports import HOST, free_ports
@@ -41,10 +41,6 @@ from trainer import device
 if TYPE_CHECKING:
     from trainer.group import Group
 
-DESCRIPTION = (
-    "Run one of the other workers of a trainer with trainer.workers above 1. It joins the trainer, holds the rows of a part "
-    "of the users, and computes their gradients."
-)
 SHARED_S, POLL_S = 60.0, 0.1
 """How long a worker on another host waits until its copy of the registry has what the leader names."""
 logger = logging.getLogger(__name__)
@@ -211,13 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def start(words: Sequence[str]) -> tuple[Settings, Work]:
-        parser = argparse.ArgumentParser(prog="springtide train-worker", allow_abbrev=False, description=DESCRIPTION)
-        parser.add_argument("--index", type=int, required=True, help="number of this worker, from 1")
-        parser.add_argument(
-            "--addresses", default="", help="addresses of all workers; default trainer.worker_addresses"
-        )
-        parser.add_argument("--parent", type=int, default=0, help="process with which this one ends")
-        args, flags = parser.parse_known_args(words)
+        args, flags = parser_of("train-worker").parse_known_args(words)
         settings = load(flags, os.environ)
         if args.parent:
             die_with(args.parent)()

@@ -73,7 +73,7 @@ class CommandRunner:
         printed: list[str] = []
         line = [*words, "--output=json"]
         with self.stores:
-            operation(words[0])(self.settings, parser(line).parse_args(line), self.now_ms(), printed.append)
+            operation(words[0])(self.settings, parser().parse_args(line), self.now_ms(), printed.append)
         return json.loads(printed[-1])
 
     def listed(self, words: Sequence[str]) -> Any:

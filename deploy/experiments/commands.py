@@ -45,7 +45,17 @@ from state.errors import (
     UnknownVersion,
     of_disk,
 )
-from state.experiments.experiment import EVERY_S, STEPS, By, Change, Experiment, Experiments, Origin, require_name
+from state.experiments.experiment import (
+    EVERY_S,
+    STEPS,
+    By,
+    Change,
+    Experiment,
+    Experiments,
+    Origin,
+    require_name,
+    require_steps,
+)
 from state.experiments.gate import as_document, as_lines
 from state.experiments.past import Past, past_until, write_past
 from state.features.spec import FeatureSpec
@@ -302,12 +312,30 @@ def experiment(settings: Settings, args: argparse.Namespace, now_ms: int, say: S
     logging.getLogger("kafka").setLevel(logging.CRITICAL)
     try:
         if verb == "rollout":
-            roll_out(settings, name, args.steps or STEPS, args.every or EVERY_S, by, say)
+            steps = percentages(args.steps) if args.steps else STEPS
+            roll_out(settings, name, steps, args.every or EVERY_S, by, say)
             return
         document, text = _result(settings, args, by)
     except OSError as error:
         raise of_disk(error) from error
     say(json.dumps(document, indent=2) if args.output == "json" else text)
+
+
+def percentages(text: str) -> tuple[float, ...]:
+    """Parses the steps of a rollout.
+
+    >>> percentages("1,50,100")
+    (1.0, 50.0, 100.0)
+
+    Raises:
+        SettingsError: They are no ascending percentages.
+    """
+    try:
+        steps = tuple(float(share) for share in text.split(","))
+    except ValueError:
+        raise SettingsError(f"--steps {text} are no steps", "give ascending percentages such as 1,5,50,100") from None
+    require_steps(steps)
+    return steps
 
 
 def _result(settings: Settings, args: argparse.Namespace, by: By) -> tuple[Any, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import json
@@ -19,7 +18,7 @@ from typing import Any
 import psutil
 from prometheus_client import CollectorRegistry
 
-from deploy.command_line import output, run_command
+from deploy.command_line import run_command
 from deploy.formats import seconds
 from deploy.java_jars import FLINK, merged_jar
 from deploy.startup.checks import require_disk
@@ -34,6 +33,7 @@ from state.disk.lock import DirectoryLock
 from state.errors import FlinkFailed, LockHeld, SettingsError, reason_of
 from state.flink import Job, JobManager, Overview, url
 from state.metrics import SupervisorMetrics
+from state.process.commands import parser_of
 from state.process.part import Signals
 from state.process.ports import Port, free_port, listens, require_ports
 from state.process.private_files import keep_private
@@ -303,35 +303,12 @@ def _savepoint(manager: JobManager, job: str, hurry: Callable[[], bool]) -> str:
     return path
 
 
-DESCRIPTION = """Run a Flink cluster on this machine for the stream on a distributed runner, as configured in `[flink]`: JobManager,
-TaskManagers, job server and Python workers. up runs the cluster until Ctrl-C and restarts processes that exit. down stops the
-jobs with a savepoint, then the cluster. status shows TaskManagers, slots, jobs, their last checkpoints and restarts, and the
-savepoints and checkpoints to resume from; problems come first and set the exit code to 1. For your own cluster see
-docs/how-to/flink.md."""
-EPILOG = (
-    "Settings are written --section.name VALUE; `springtide config flink` lists them. Exit codes: 0 done, 1 failed or "
-    "something is wrong, 2 wrong use."
-)
 LEAST_FREE_BYTES = 1 << 30
 DOWN_S = 90.0
 COLUMNS = (16, 12)
 # A job starts a checkpoint about every second; one without a completed checkpoint for so long makes no progress.
 STALE_S = 60.0
 SHOWN_ENDED = 5
-
-
-def parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command; settings have been removed from the arguments before."""
-    root = argparse.ArgumentParser(prog="springtide flink", description=DESCRIPTION, epilog=EPILOG, allow_abbrev=False)
-    root.add_argument("action", choices=("up", "down", "status"), help="action")
-    root.add_argument(
-        "--no-savepoint",
-        action="store_true",
-        help="down: cancel the jobs without a savepoint; they can resume from their newest checkpoint",
-    )
-    root.add_argument("--url", help="status: JobManager of another cluster, http://HOST:PORT")
-    output(root, of="status: ")
-    return root
 
 
 def up(settings: Settings) -> None:
@@ -484,7 +461,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(words: Sequence[str]) -> int:
     flags, words_left = split_settings(words)
-    args = parser().parse_args(words_left)
+    args = parser_of("flink").parse_args(words_left)
     if args.url is not None and (args.action != "status" or not args.url.startswith(("http://", "https://"))):
         raise SettingsError("--url is for status, and is written http://HOST:PORT")
     if args.no_savepoint and args.action != "down":

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
-from deploy.command_line import SETTINGS_HELP, RefusingParser, output, positive, run_command
+from deploy.command_line import run_command
 from deploy.operate.versions import table
 from deploy.segments import process
 from deploy.segments.judging import open_host, open_segments
@@ -23,6 +23,7 @@ from state.config.settings import Settings
 from state.config.sources import split_settings
 from state.disk import files as durable
 from state.errors import BadRequest, NotReady
+from state.process.commands import add_commands, parser_of
 from state.process.progress_line import ProgressLine, bar
 from state.segments.expression import segments_of
 from state.segments.members import SegmentStore, all_members
@@ -43,36 +44,6 @@ LOOKALIKES = pa.schema(
     [pa.field("pseudonym", pa.string(), nullable=False), pa.field("similarity", pa.float32(), nullable=False)]
 )
 ROWS_AT_ONCE = 10_000
-
-
-def parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command; settings have been removed from the arguments before."""
-    command = RefusingParser(
-        prog="springtide segments",
-        description="Maintain, list and export segments of users, and find users similar to their members: run | list [-o json] | "
-        "export NAME --to FILE.parquet | lookalikes NAME [--count N] [--to FILE.parquet].",
-        epilog=SETTINGS_HELP,
-        allow_abbrev=False,
-    )
-    actions = command.add_subparsers(dest="action", metavar="ACTION", required=True)
-
-    def add(name: str, help: str) -> argparse.ArgumentParser:
-        return actions.add_parser(name, help=help, description=help, epilog=SETTINGS_HELP, allow_abbrev=False)
-
-    add("run", "Maintain the segment memberships, on a serving host with an applier; `springtide up` runs this.")
-    listing = add("list", "List the segments with their sizes and expressions.")
-    export = add("export", "Export the members of a segment to a Parquet file.")
-    like = add("lookalikes", "Find the users nearest to the members of a segment, and report the precision.")
-    for verb in (export, like):
-        verb.add_argument("name", metavar="NAME", help="name of the segment")
-    export.add_argument("--to", required=True, type=Path, metavar="FILE.parquet", help="output file")
-    like.add_argument("--count", type=positive, default=100, metavar="N", help="number of users (default 100)")
-    like.add_argument(
-        "--to", type=Path, metavar="FILE.parquet", help="write them to this file instead of printing them"
-    )
-    for verb in (listing, export, like):
-        output(verb)
-    return command
 
 
 def run(args: argparse.Namespace, settings: Settings, say: Say) -> None:
@@ -206,7 +177,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work(arguments: Sequence[str]) -> int:
         flags, words = split_settings(arguments)
-        args = parser().parse_args(words)
+        parser = parser_of("segments")
+        add_commands(parser, "action", [f"segments {action}" for action in ("run", "list", "export", "lookalikes")])
+        args = parser.parse_args(words)
         if args.action == "run":
             return process.main(flags)
         run(args, load(flags), print)

@@ -13,6 +13,7 @@ from typing import Any
 from state.disk import files as durable
 from state.errors import GapError, SettingsError, TruncatedLog
 from state.positions import Gap, Source
+from state.process.commands import add_options
 
 _RECORDS = re.compile(r"(\d+)(?:-(\d+))?")
 _FORM = re.compile(r"(?:([0-9a-f]{8,32}):)?(\d+):(\d+)-(\d+)")
@@ -225,39 +226,11 @@ def accept(
     return Accepted(gap, consent.actor, consent.reason, now_ms, named_marks, record)
 
 
-def add_options(parser: argparse.ArgumentParser, records: bool) -> None:
-    """Adds `--accept-gap`, `--accept-cut-back` and `--reason` to a parser; with `records` also `--skip-record`."""
-    parser.add_argument(
-        "--accept-gap",
-        action="append",
-        default=[],
-        metavar="[TOPIC_ID:]PARTITION:A-B",
-        help="continue although positions A to B of the partition were deleted before they were read; repeatable",
-    )
-    parser.add_argument(
-        "--accept-cut-back",
-        action="store_true",
-        help="continue although the clicks topic was truncated below our position, without clicks at reused offsets",
-    )
-    if records:
-        parser.add_argument(
-            "--skip-record",
-            action="append",
-            default=[],
-            metavar="OFFSET",
-            help="skip this record of the training log, or the records A-B, if it cannot be learned from; repeatable",
-        )
-    parser.add_argument(
-        "--reason", default="", metavar="TEXT", help="reason for accepting the loss; recorded with your name"
-    )
-
-
 def as_options(args: argparse.Namespace, records: bool = True) -> list[str]:
     """Converts the options back to words, for a process that a command starts; `--skip-record` only with `records`.
 
-    >>> parser = argparse.ArgumentParser()
-    >>> add_options(parser, records=True)
-    >>> asked = parser.parse_args(["--accept-gap", "0:5-9", "--skip-record", "7", "--reason", "old"])
+    >>> from state.process.commands import parser_of
+    >>> asked = parser_of("train").parse_args(["--accept-gap", "0:5-9", "--skip-record", "7", "--reason", "old"])
     >>> as_options(asked, records=False)
     ['--accept-gap', '0:5-9', '--reason', 'old']
     """
@@ -269,14 +242,14 @@ def as_options(args: argparse.Namespace, records: bool = True) -> list[str]:
 
 
 def take_options(argv: Sequence[str], actor: str, records: bool = False) -> tuple[Consent, list[str]]:
-    """Extracts the options of `add_options` from a command line; returns them and the remaining words.
+    """Extracts these options from a command line, `--skip-record` only with `records`; returns them and the other words.
 
     >>> consent, rest = take_options(["--accept-gap", "0:5-9", "--reason", "old", "--kafka.port", "9"], "ann")
     >>> consent.allowances[0].first, consent.reason, rest
     (5, 'old', ['--kafka.port', '9'])
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    add_options(parser, records)
+    add_options(parser, {"*losses" if records else "*gaps": {}})
     try:
         args, words = parser.parse_known_args(list(argv))
     except argparse.ArgumentError as error:
@@ -287,7 +260,7 @@ def take_options(argv: Sequence[str], actor: str, records: bool = False) -> tupl
 
 
 def consent_of(args: argparse.Namespace, actor: str) -> Consent:
-    """Returns what the parsed options of `add_options` accept.
+    """Returns what the parsed options accept.
 
     Raises:
         SettingsError: An option has an invalid form, or there is no reason.

@@ -416,40 +416,6 @@ def refuse_beyond_memory(recording: Recording, available: int) -> None:
         )
 
 
-def add_file_arguments(parser: argparse.ArgumentParser, usage: str) -> None:
-    """Adds `FILE...` and the options for reading the files; `usage` is the command's use of the rows, for the help."""
-    parser.add_argument(
-        "files", nargs="*", metavar="FILE", help="files or globs: CSV, JSON lines or Parquet; .gz, .zst"
-    )
-    group = parser.add_argument_group(
-        "files", f"Columns are mapped by the names in [events], as for the topic. {usage}"
-    )
-    add_format_arguments(group)
-    group.add_argument(
-        "--constant", action="append", default=[], metavar="FIELD=VALUE", help="field with the same value in every row"
-    )
-    group.add_argument(
-        "--sort",
-        choices=("memory", "assume"),
-        default="memory",
-        help="memory: read everything and sort it by time (default); assume: the files are already sorted",
-    )
-
-
-def add_format_arguments(parser: argparse._ActionsContainer, suffix: str = "") -> None:
-    """Adds the options for the format of the files; `suffix` describes, for the help, the files of `--columns`."""
-    parser.add_argument(
-        "--format", choices=FORMATS, default="", help="format of all files (default: from the name of each file)"
-    )
-    parser.add_argument("--delimiter", default="", metavar="C", help="CSV delimiter (default , or a tab for .tsv)")
-    parser.add_argument(
-        "--columns",
-        default="",
-        metavar="A,B,...",
-        help=f"column names of CSV files without a header{suffix}; - skips a column",
-    )
-
-
 def as_settings(options: argparse.Namespace) -> list[str]:
     """Converts the options that are settings to their flags.
 

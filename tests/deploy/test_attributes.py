@@ -12,11 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from deploy.attributes import files_of, main, parser, run, send, summary
+from deploy.attributes import files_of, main, run, send, summary
 from deploy.replaying.sender import Piece, Progress
 from state.config.loading import load
 from state.errors import SettingsError
 from state.log import Reader, Topics
+from state.process.commands import parser_of
 from tests.conftest import KafkaFactory
 
 FLAGS = [
@@ -30,7 +31,7 @@ Sent = list[tuple[bytes, bytes]]
 
 def sending(words: list[str], *flags: str) -> tuple[Sent, str, str]:
     """The records of a command line, its last line, and what its progress said."""
-    (source,) = files_of(parser().parse_args(words), load([*FLAGS, *flags], env={}))
+    (source,) = files_of(parser_of("attributes").parse_args(words), load([*FLAGS, *flags], env={}))
     sent: Sent = []
     said = io.StringIO()
 
@@ -122,7 +123,7 @@ def test_the_records_are_in_a_compacted_topic_that_is_made_where_it_is_missing(
     topic = f"{kafka.clicks_topic}.users"
     flags = [*FLAGS, f"--kafka.bootstrap_servers={kafka.bootstrap_servers}", f"--attributes.user_topic={topic}"]
     said: list[str] = []
-    words = parser().parse_args(["--users", str(rows_of(tmp_path, "parquet"))])
+    words = parser_of("attributes").parse_args(["--users", str(rows_of(tmp_path, "parquet"))])
     run(words, load(flags, env={}), threading.Event(), said.append, io.StringIO())
     assert "sent 2 records" in said[0]
     with Topics(kafka) as topics:

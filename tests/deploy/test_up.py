@@ -15,6 +15,7 @@ from deploy.startup.steps import STOP_ORDER, ports, process_plans
 from state.config.loading import load
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
+from state.process.commands import parser_of
 from state.process.part import Signals
 from state.process.ports import free_port
 
@@ -109,7 +110,7 @@ def test_an_accepted_gap_names_its_topic_and_reaches_stream_and_trainer_only(
 ) -> None:
     assert up.main(["--accept-gap", "0:5-9", "--reason", "old clicks"]) == 2
     assert "write TOPIC_ID:PARTITION:A-B" in capsys.readouterr().err
-    args, rest = up.parser().parse_known_args(
+    args, rest = parser_of("up").parse_known_args(
         ["--accept-gap", "abababab:0:5-9", "--reason", "old clicks", "--kafka.port", "9"]
     )
     assert rest == ["--kafka.port", "9"]
@@ -123,7 +124,7 @@ def test_a_record_to_leave_out_reaches_the_trainer_only(capsys: pytest.CaptureFi
     assert up.main(["--skip-record", "seven", "--reason", "odd"]) == 2
     assert "--skip-record seven: write the record's OFFSET" in capsys.readouterr().err
     words = ("--skip-record", "7", "--skip-record", "9-12", "--reason", "a test wrote them")
-    accepted = up.AcceptedLosses.of(up.parser().parse_args(words))
+    accepted = up.AcceptedLosses.of(parser_of("up").parse_args(words))
     assert told(accepted) == {"trainer": words}
 
 

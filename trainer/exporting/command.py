@@ -21,55 +21,15 @@ from state.features.spec import FeatureSpec
 from state.layout import VERSIONS
 from state.log import Log
 from state.process import log_lines
+from state.process.commands import parser_of
 from state.process.part import quiet_stderr, run_command, while_read
 from state.process.private_files import keep_private
 from state.process.resources import run_in_background
 from state.registry.registry import Registry
 from trainer import device
 
-MOST_ROWS = 10_000
 KEPT = 3
 """Number of the newest SavedModels that stay."""
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line of `springtide export`."""
-    parser = argparse.ArgumentParser(
-        prog="springtide export",
-        allow_abbrev=False,
-        description="Export a version as a SavedModel for TensorFlow Serving, or as one file for a device. Safe while the loop runs.",
-        epilog="Settings are written --section.name VALUE. Exit codes: 0 done, 1 failed, 2 wrong use.",
-    )
-    parser.add_argument(
-        "--version",
-        type=int,
-        metavar="V",
-        help="version, as listed by `springtide versions` (default: the version that answers use)",
-    )
-    parser.add_argument("--tflite", type=Path, metavar="FILE", help="export one TFLite file for a device instead")
-    parser.add_argument(
-        "--quantize", choices=("none", "float16", "int8"), default="none", help="quantization of the device file"
-    )
-    parser.add_argument(
-        "--users",
-        type=Path,
-        metavar="FILE",
-        help="file with raw user ids, one per line: users whose embedding rows the device file includes, or whom the SavedModel accepts by id",
-    )
-    parser.add_argument(
-        "--items",
-        type=Path,
-        metavar="FILE",
-        help="file with raw item ids, one per line, that the SavedModel accepts by id; with --users",
-    )
-    parser.add_argument(
-        "--rows",
-        type=int,
-        default=MOST_ROWS,
-        metavar="N",
-        help=f"number of most recently seen embedding rows of every other table (default {MOST_ROWS})",
-    )
-    return parser
 
 
 def chosen_version(registry: Registry, wanted: int | None) -> int:
@@ -158,10 +118,10 @@ def run(settings: Settings, args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exports one version; returns the exit code."""
     keep_private()
-    args, flags = parser().parse_known_args(sys.argv[1:] if argv is None else argv)
     run_in_background()
 
     def work(errors: TextIO) -> None:
+        args, flags = parser_of("export").parse_known_args(sys.argv[1:] if argv is None else argv)
         settings = load(flags, os.environ)
         log_lines.follow(settings.logs)
         run(settings, args)
