@@ -41,21 +41,18 @@ from state.process.user_code import for_children
 from state.process.wall_clock import wall_ms
 
 HOST = "127.0.0.1"
-FIXED = Path(__file__).with_name("config.yaml")
+FIXED, LOCAL = Path(__file__).with_name("config.yaml"), Path(__file__).with_name("local.yaml")
+JAVA_OPTIONS = Path(__file__).with_name("java.options")
 CONFIGURATION, CHECKPOINTS, SAVEPOINTS = "conf", "checkpoints", "savepoints"
 TEMPORARY, ARTIFACTS, LOGS = "tmp", "artifacts", "logs"
 JOB_MANAGER, TASK_MANAGER, JOB_SERVER, WORKERS = "job-manager", "task-manager", "job-server", "workers"
 STOP_S = 15.0
 SLOTS = 2  # of each TaskManager
-# Memory of a TaskManager, MB. Flink's own scripts compute these; without them a TaskManager requires each explicitly.
-FRAMEWORK_MB, NETWORK_MB, OFF_HEAP_MB, METASPACE_MB = 96, 64, 64, 256
+FRAMEWORK_MB = 96  # of a TaskManager's heap
+# Its direct memory is what local.yaml gives to the network and twice off the heap.
+TASK_MANAGER_LIMITS = ("-XX:MaxDirectMemorySize=192m", "-XX:MaxMetaspaceSize=256m")
 # Flink leaves its temporary files behind when it is killed, so each start empties the directory of its process.
 EMPTIED = ("/bin/sh", "-c", 'rm -rf "$0" && mkdir -p "$0" && exec "$@"')
-# Packages that Flink's and Beam's serialisers read by reflection.
-OPENED = (
-    *("java.lang", "java.lang.reflect", "java.net", "java.io", "java.nio", "java.text", "java.time", "java.util"),
-    *("java.util.concurrent", "java.util.concurrent.atomic", "java.util.concurrent.locks", "sun.nio.ch"),
-)
 
 
 def configuration(settings: FlinkSettings, directory: Path, rpc_port: int) -> str:
@@ -63,35 +60,15 @@ def configuration(settings: FlinkSettings, directory: Path, rpc_port: int) -> st
 
     TaskManagers reach the JobManager on `rpc_port`.
     """
-    entries: dict[str, object] = {
-        "state.checkpoints.dir": (directory / CHECKPOINTS).absolute().as_uri(),
-        "state.savepoints.dir": (directory / SAVEPOINTS).absolute().as_uri(),
-        # The cluster has the same jar on its class path; a second copy of each class per job would waste memory.
-        "classloader.resolve-order": "parent-first",
-        # Loopback only, because anyone who can connect to these ports can run any program.
-        **dict.fromkeys(("jobmanager.rpc.address", "jobmanager.bind-host", "taskmanager.host"), HOST),
-        **dict.fromkeys(("taskmanager.bind-host", "rest.address", "rest.bind-address"), HOST),
-        "jobmanager.rpc.port": rpc_port,
-        "rest.port": settings.rest_port,
-        "rest.bind-port": settings.rest_port,
-        "state.backend.type": "hashmap",
-        "taskmanager.numberOfTaskSlots": SLOTS,
-        "taskmanager.cpu.cores": SLOTS,
-    }
-    memory_mb = {
-        "framework.heap.size": FRAMEWORK_MB,
-        "task.heap.size": settings.heap_mb - FRAMEWORK_MB,
-        "framework.off-heap.size": OFF_HEAP_MB,
-        "task.off-heap.size": OFF_HEAP_MB,
-        "network.min": NETWORK_MB,
-        "network.max": NETWORK_MB,
-        "managed.size": 0,
-        "jvm-metaspace.size": METASPACE_MB,
-        "jvm-overhead.min": OFF_HEAP_MB,
-        "jvm-overhead.max": OFF_HEAP_MB,
-    }
-    entries |= {f"taskmanager.memory.{part}": f"{size}m" for part, size in memory_mb.items()}
-    return FIXED.read_text(encoding="utf-8") + "".join(f"{name}: {value}\n" for name, value in entries.items())
+    return FIXED.read_text(encoding="utf-8") + LOCAL.read_text(encoding="utf-8").format(
+        checkpoints=(directory / CHECKPOINTS).absolute().as_uri(),
+        savepoints=(directory / SAVEPOINTS).absolute().as_uri(),
+        rpc_port=rpc_port,
+        rest_port=settings.rest_port,
+        slots=SLOTS,
+        framework_mb=FRAMEWORK_MB,
+        task_mb=settings.heap_mb - FRAMEWORK_MB,
+    )
 
 
 def process_plans(
@@ -105,7 +82,7 @@ def process_plans(
 
     def flink(name: str, main: str, *options: str, words: tuple[str, ...] = ()) -> ProcessPlan:
         temporary = directory / TEMPORARY / name
-        options = (*_java_options(settings.heap_mb), f"-Djava.io.tmpdir={temporary}", *options)
+        options = (f"-Xmx{settings.heap_mb}m", f"@{JAVA_OPTIONS}", f"-Djava.io.tmpdir={temporary}", *options)
         return ProcessPlan(name, (*EMPTIED, str(temporary), java, *options, "-cp", str(jar), main, *words), STOP_S)
 
     def own_temporary(name: str) -> tuple[str, str]:
@@ -114,7 +91,6 @@ def process_plans(
     entry = "org.apache.flink.runtime.entrypoint.StandaloneSessionClusterEntrypoint"
     runner = "org.apache.flink.runtime.taskexecutor.TaskManagerRunner"
     driver = "org.apache.beam.runners.flink.FlinkJobServerDriver"
-    limits = (f"-XX:MaxDirectMemorySize={NETWORK_MB + 2 * OFF_HEAP_MB}m", f"-XX:MaxMetaspaceSize={METASPACE_MB}m")
     plans = [
         flink(JOB_MANAGER, entry, words=(*conf, *own_temporary(JOB_MANAGER))),
         ProcessPlan(WORKERS, (python, "-m", "deploy.flink.worker_pool", str(settings.worker_port)), STOP_S),
@@ -123,7 +99,7 @@ def process_plans(
         name = f"{TASK_MANAGER}-{number}"
         # A restarted TaskManager has the same id, so that the JobManager knows at once that the old process is gone.
         words = (*conf, "-D", f"taskmanager.resource-id={name}", *own_temporary(name))
-        plans.append(flink(name, runner, *limits, words=words))
+        plans.append(flink(name, runner, *TASK_MANAGER_LIMITS, words=words))
     job_server = (
         f"--flink-master={HOST}:{settings.rest_port}",
         f"--flink-conf-dir={directory / CONFIGURATION}",
@@ -134,20 +110,6 @@ def process_plans(
         f"--artifacts-dir={directory / ARTIFACTS}",
     )
     return [*plans, flink(JOB_SERVER, driver, words=job_server)]
-
-
-def _java_options(heap_mb: int) -> list[str]:
-    return [
-        f"-Xmx{heap_mb}m",
-        "-XX:+UseSerialGC",
-        "-XX:+ExitOnOutOfMemoryError",
-        *(f"--add-opens=java.base/{package}=ALL-UNNAMED" for package in OPENED),
-        "--add-exports=java.base/sun.net.util=ALL-UNNAMED",
-        "--enable-native-access=ALL-UNNAMED",
-        "-Dorg.slf4j.simpleLogger.defaultLogLevel=info",
-        "-Dorg.slf4j.simpleLogger.showDateTime=true",
-        "-Dorg.slf4j.simpleLogger.dateTimeFormat=yyyy-MM-dd'T'HH:mm:ss.SSS",
-    ]
 
 
 def ports(settings: FlinkSettings) -> list[Port]:
