@@ -178,13 +178,7 @@ class Broker:
         log_path: The broker's own log.
     """
 
-    def __init__(
-        self,
-        directory: Path | str,
-        port: int,
-        heap_mb: int = 384,
-        retention_h: float = 168.0,
-    ) -> None:
+    def __init__(self, directory: Path | str, port: int, heap_mb: int = 384, retention_h: float = 168.0) -> None:
         """Prepares a broker; nothing runs before `start`."""
         self.directory = Path(directory).absolute()
         self.port = port

@@ -103,11 +103,7 @@ def identity(source: RecordingSource, topic: str, topic_id: str) -> dict[str, An
     }
 
 
-def _send_files(
-    options: argparse.Namespace,
-    settings: Settings,
-    stopped: threading.Event,
-) -> None:
+def _send_files(options: argparse.Namespace, settings: Settings, stopped: threading.Event) -> None:
     """Replays the files named on the command line.
 
     1. Check files, columns and mapping.

@@ -50,11 +50,7 @@ class Condition(NamedTuple):
     missing: Missing
 
 
-def wait(
-    settings: Settings,
-    name: str,
-    timeout_s: float,
-) -> float:
+def wait(settings: Settings, name: str, timeout_s: float) -> float:
     """Waits for a condition, see `condition_of`; returns the seconds that it took.
 
     Raises:

@@ -153,11 +153,7 @@ class Leaders:
 
 
 def open_clicks(
-    log: Log,
-    kafka: Kafka,
-    partitions: Sequence[int] | None,
-    position: Position,
-    accept: Callable[[TruncatedLog], None],
+    log: Log, kafka: Kafka, partitions: Sequence[int] | None, position: Position, accept: Callable[[TruncatedLog], None]
 ) -> Reader:
     """Opens the clicks at the position read so far, past any truncation that was accepted.
 

@@ -111,11 +111,7 @@ class SegmentReader:
     """
 
     def __init__(
-        self,
-        open_at: Callable[[int], Reader],
-        log: LogRange,
-        accepted: Sequence[Accepted],
-        patience_s: float,
+        self, open_at: Callable[[int], Reader], log: LogRange, accepted: Sequence[Accepted], patience_s: float
     ) -> None:
         self._open_at, self._partition, self._source = open_at, log.partition, Source(log.topic_id, log.partition)
         self._accepted, self._patience_s = accepted, patience_s

@@ -126,11 +126,7 @@ def planned_for(registry: Registry, version: Manifest, trainer: Trainer) -> Carr
 
 
 def propose(
-    registry: Registry,
-    settings: Settings,
-    version: Manifest | None,
-    plan: dict[str, Any],
-    **decision: Unpack[Decision],
+    registry: Registry, settings: Settings, version: Manifest | None, plan: dict[str, Any], **decision: Unpack[Decision]
 ) -> Control:
     """Creates control's next generation, which begins the epoch from `version` or from scratch; durable on return.
 

@@ -385,12 +385,7 @@ def open_at(log: Log, target: Manifest, origin: str, offset: int) -> Reader:
     )
 
 
-def run(
-    settings: Settings,
-    version: int,
-    wanted_base: int | None,
-    say: Callable[[str], None],
-) -> Comparison:
+def run(settings: Settings, version: int, wanted_base: int | None, say: Callable[[str], None]) -> Comparison:
     """Recomputes a version of the registry that the settings name, with as many local workers as trained it."""
     if not (settings.registry_dir / layout.VERSIONS).is_dir():
         raise RegistryError(f"there is no registry at {settings.registry_dir}", "correct paths.state or paths.registry")

@@ -128,12 +128,7 @@ class Restored(NamedTuple):
 
 
 def restore(
-    settings: Settings,
-    store: FileStore,
-    backup: Backup,
-    by: By,
-    progress: Callable[[int], None],
-    since: Since,
+    settings: Settings, store: FileStore, backup: Backup, by: By, progress: Callable[[int], None], since: Since
 ) -> Restored:
     """Restores a backup; durable when this returns.
 

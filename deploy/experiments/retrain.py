@@ -49,11 +49,7 @@ class RetrainDecision(NamedTuple):
 
 
 def judge(
-    experiment: Experiment,
-    figures: ComparisonFigures | None,
-    held: str | None,
-    settings: RetrainSettings,
-    took_ms: int,
+    experiment: Experiment, figures: ComparisonFigures | None, held: str | None, settings: RetrainSettings, took_ms: int
 ) -> RetrainDecision | None:
     """Judges a retrain; None while it is too early to decide.
 

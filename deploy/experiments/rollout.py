@@ -189,14 +189,7 @@ class RolloutDriver:
         return reader
 
 
-def roll_out(
-    settings: Settings,
-    name: str,
-    steps: tuple[float, ...],
-    every_s: float,
-    by: By,
-    say: Say,
-) -> None:
+def roll_out(settings: Settings, name: str, steps: tuple[float, ...], every_s: float, by: By, say: Say) -> None:
     """Starts the rollout of an experiment, or continues it, until it is over or a signal ends this process.
 
     `steps`, shares of the users in percent, and `every_s`, their minimum duration, are for a new rollout.

@@ -33,14 +33,7 @@ from state.disk import memory_place as place
 from state.disk.files import HOST
 from state.disk.lmdb_store import MAP_BYTES, PAGES_MS
 from state.disk.lock import DirectoryLock
-from state.errors import (
-    GapError,
-    LogError,
-    RegistryError,
-    StoreFull,
-    UnknownTopic,
-    UnusablePlace,
-)
+from state.errors import GapError, LogError, RegistryError, StoreFull, UnknownTopic, UnusablePlace
 from state.events.identity import fingerprint_at, load_salt
 from state.features.erased import Erased
 from state.features.spec import KERNELS as FEATURE_KERNELS
@@ -85,12 +78,7 @@ class HostErasures:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        registry: Path,
-        histories: HistoryStore,
-        rows: Callable[[], int],
-        now_ms: Callable[[], int],
+        self, folder: Path, registry: Path, histories: HistoryStore, rows: Callable[[], int], now_ms: Callable[[], int]
     ) -> None:
         self._folder, self._registry, self._histories = folder, registry, histories
         self._rows, self._now_ms = rows, now_ms

@@ -110,12 +110,7 @@ class Workers:
     """
 
     def __init__(
-        self,
-        bound: socket.socket,
-        count: int,
-        counters: Path,
-        target: Callable[..., None],
-        arguments: list[str],
+        self, bound: socket.socket, count: int, counters: Path, target: Callable[..., None], arguments: list[str]
     ) -> None:
         self._bound, self._target, self._arguments = bound, target, arguments
         self._context = multiprocessing.get_context("spawn")

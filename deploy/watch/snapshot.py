@@ -113,10 +113,7 @@ class Poller:
     """Polls the metrics of the loop's processes; `spread_s` as in `Watch`."""
 
     def __init__(
-        self,
-        settings: Settings,
-        spread_s: float | None = SPREAD_S,
-        now_ms: Callable[[], int] = wall_ms,
+        self, settings: Settings, spread_s: float | None = SPREAD_S, now_ms: Callable[[], int] = wall_ms
     ) -> None:
         self._urls, self._watch = scrape.watched_urls(settings), Watch(spread_s)
         self._now_ms = now_ms

@@ -37,13 +37,7 @@ class AttributeFollower:
     """
 
     def __init__(
-        self,
-        kafka: Kafka,
-        topic: str,
-        table: AttributeTable,
-        salt: Salt,
-        store: AttributeStore,
-        report: Report,
+        self, kafka: Kafka, topic: str, table: AttributeTable, salt: Salt, store: AttributeStore, report: Report
     ) -> None:
         self._topic, self._table, self._store = topic, table, store
         self._report, self._salt = report, salt

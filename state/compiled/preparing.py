@@ -27,11 +27,7 @@ class Kernels:
     """
 
     def __init__(
-        self,
-        registry: CollectorRegistry,
-        logger: logging.Logger,
-        without: Sequence[str] = (),
-        uses: Sequence[str] = (),
+        self, registry: CollectorRegistry, logger: logging.Logger, without: Sequence[str] = (), uses: Sequence[str] = ()
     ) -> None:
         for module in uses:
             importlib.import_module(module)

@@ -355,9 +355,7 @@ RULES: tuple[Rule, ...] = (actions, fields, labels, windows, parts, topics, attr
 
 
 def load(
-    argv: Sequence[str] | None = None,
-    env: Mapping[str, str] = os.environ,
-    path: str | Path | None = None,
+    argv: Sequence[str] | None = None, env: Mapping[str, str] = os.environ, path: str | Path | None = None
 ) -> Settings:
     """Reads file, environment and flags, in this order, and checks the result.
 

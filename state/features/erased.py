@@ -190,11 +190,7 @@ class Erased:
         return user in self.users and any(entry.id > through and user in entry.users for entry in self.entries)
 
     def rows(
-        self,
-        user: NDArray[np.uint64],
-        source: NDArray[np.uint16],
-        offset: NDArray[np.int64],
-        ranges: Sequence[Range],
+        self, user: NDArray[np.uint64], source: NDArray[np.uint16], offset: NDArray[np.int64], ranges: Sequence[Range]
     ) -> Flags:
         """Which rows of a batch are erased; the arguments are those of `Mask.rows`."""
         out = np.zeros(len(user), np.bool_)

@@ -17,14 +17,7 @@ from state.features.spec import EVENT, Events
 from state.file_store import FileStore
 from state.history.chunks import EVENT_BYTES, Chunks, events_in
 from state.history.rewinding import LINE
-from state.history.snapshots import (
-    HistorySnapshot,
-    Kind,
-    SnapshotFile,
-    UserRange,
-    document_name,
-    encode,
-)
+from state.history.snapshots import HistorySnapshot, Kind, SnapshotFile, UserRange, document_name, encode
 from state.history.store import FORGOTTEN, LOADING, ForgottenUsers, StoreView
 from state.log.follow import Position
 from state.positions import Source, share_of
@@ -277,12 +270,7 @@ class SnapshotWriter:
         self._put_encoded("extras", (0, SHARES - 1), 0, len(entries), encode(columns), known)
 
     def _put(
-        self,
-        kind: Kind,
-        shares: tuple[int, int],
-        first_user: int,
-        columns: Mapping[str, NDArray[Any]],
-        events: Events,
+        self, kind: Kind, shares: tuple[int, int], first_user: int, columns: Mapping[str, NDArray[Any]], events: Events
     ) -> None:
         parts = {name: column.tobytes() for name, column in columns.items()}
         parts |= {name: np.ascontiguousarray(events[name]).tobytes() for name in EVENT.names or ()}

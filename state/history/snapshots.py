@@ -399,10 +399,7 @@ def _as_chunks(part: _Decoded, low: int, high: int, first: int) -> Chunks:
 
 
 def load(
-    location: FileStore,
-    snapshot: HistorySnapshot,
-    store: HistoryStore,
-    keep: Callable[[str], bool] = lambda name: True,
+    location: FileStore, snapshot: HistorySnapshot, store: HistoryStore, keep: Callable[[str], bool] = lambda name: True
 ) -> None:
     """Replaces the content of a store, which only its writer may do, by a snapshot; `keep` selects extras by name.
 

@@ -129,10 +129,7 @@ def scan_records(data: npt.NDArray[np.uint8], at: int, end: int, out: I64) -> bo
 
 
 def decode_batches(
-    data: bytes,
-    position: int,
-    aborted: Sequence[tuple[int, int]] = (),
-    committed_only: bool = True,
+    data: bytes, position: int, aborted: Sequence[tuple[int, int]] = (), committed_only: bool = True
 ) -> list[Chunk]:
     """Decodes a fetched part of a partition's log into chunks whose ranges are contiguous from `position` on.
 
@@ -208,12 +205,7 @@ def _corrupt(position: int, header: BatchHeader, following: int | None, reason: 
 
 
 def _chunk(
-    data: bytes,
-    bytes_u8: npt.NDArray[np.uint8],
-    at: int,
-    end: int,
-    header: BatchHeader,
-    position: int,
+    data: bytes, bytes_u8: npt.NDArray[np.uint8], at: int, end: int, header: BatchHeader, position: int
 ) -> Chunk:
     base, count = header.base, header.records
     after = base + header.last_delta + 1

@@ -24,11 +24,7 @@ class ProgressLine:
     """Writes progress lines: on a terminal each replaces the previous one, otherwise one every `line_every_s`."""
 
     def __init__(
-        self,
-        out: TextIO,
-        line_every_s: float,
-        monotonic_s: Callable[[], float] = time.monotonic,
-        at_once: bool = False,
+        self, out: TextIO, line_every_s: float, monotonic_s: Callable[[], float] = time.monotonic, at_once: bool = False
     ) -> None:
         self._out = out
         self._terminal = out.isatty()

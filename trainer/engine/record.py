@@ -111,12 +111,7 @@ class Recorder:
         return np.where(is_counted, batch.recent_categories[:, 0], np.uint64(0))
 
     def record(
-        self,
-        batch: MicroBatch,
-        crosses: U64,
-        popular: U64,
-        transitions: CountTable,
-        seed: tuple[int, int] | None,
+        self, batch: MicroBatch, crosses: U64, popular: U64, transitions: CountTable, seed: tuple[int, int] | None
     ) -> Record:
         """Builds the record of `batch`; `popular` is `[P]`, and `seed` None hashes the first row's position for dropout."""
         sources = [part.source for part in batch.header.ranges]

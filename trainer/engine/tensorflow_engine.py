@@ -387,11 +387,7 @@ class TensorflowEngine:
         return TensorsFound(scores, dense, sparse, squared, fast)
 
     def _apply_graph(
-        self,
-        at: Mapping[str, Tensor],
-        dense: tuple[Tensor, ...],
-        sparse: tuple[Tensor, ...],
-        fast: Tensor,
+        self, at: Mapping[str, Tensor], dense: tuple[Tensor, ...], sparse: tuple[Tensor, ...], fast: Tensor
     ) -> None:
         self._optimizer.apply(dense, fast)
         for name, gradient in zip(self._embeddings, sparse, strict=True):

@@ -169,11 +169,7 @@ class Host:
     OTHERS = "another worker of this host compiles its kernels"
 
     def __init__(
-        self,
-        settings: Settings,
-        salt: Salt,
-        now_ms: Callable[[], int],
-        pseudonym: Callable[[str], int] | None = None,
+        self, settings: Settings, salt: Salt, now_ms: Callable[[], int], pseudonym: Callable[[str], int] | None = None
     ) -> None:
         self._settings, self._salt, self._pseudonym, self._now_ms = settings, salt, pseudonym, now_ms
         self.segments = HostSegments(settings, salt)

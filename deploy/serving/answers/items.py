@@ -78,12 +78,7 @@ _REASONS: dict[str, Reason] = {
 
 
 def scored(
-    prepared: Prepared,
-    outputs: Mapping[str, F32],
-    clicks: Events,
-    category: int | None,
-    kind: int,
-    work: Workspace,
+    prepared: Prepared, outputs: Mapping[str, F32], clicks: Events, category: int | None, kind: int, work: Workspace
 ) -> NDArray[np.intp]:
     """Scores the candidates of the only query of `prepared`, whose version must have item weights.
 

@@ -12,13 +12,7 @@ from numpy.typing import NDArray
 from deploy.serving.answers.interests import Correction, correction_of, newest_key
 from deploy.serving.answers.program import PAIRS, batch_of
 from deploy.serving.answers.query import NOBODY, Query, iso, probability
-from deploy.serving.answers.version import (
-    Catalogue,
-    LoadedVersion,
-    ShownName,
-    VersionLoader,
-    VersionRows,
-)
+from deploy.serving.answers.version import Catalogue, LoadedVersion, ShownName, VersionLoader, VersionRows
 from deploy.serving.host_files import CLOCK_EXTRA, CONTROL_NOTE, MASK_NOTE, EventClock
 from springtide_client.answers import Clock, Engagement, Interest, Profile, Version
 from state.attributes.store import AttributeStore, ids_in, texts_in

@@ -211,11 +211,7 @@ class TensorModel:
             return version.served.version, signatures_of(version, predictor.context_fields)
 
     async def predict(
-        self,
-        choice: ModelChoice,
-        signature: str,
-        inputs: Callable[[Signature], Tensors],
-        wanted: Collection[str] = (),
+        self, choice: ModelChoice, signature: str, inputs: Callable[[Signature], Tensors], wanted: Collection[str] = ()
     ) -> Prediction:
         """Answers all rows from one version.
 

@@ -33,10 +33,7 @@ class Forwarder:
     """
 
     def __init__(
-        self,
-        timeout_s: float,
-        verify: SSLContext | bool = True,
-        transport: httpx.AsyncBaseTransport | None = None,
+        self, timeout_s: float, verify: SSLContext | bool = True, transport: httpx.AsyncBaseTransport | None = None
     ) -> None:
         limits = httpx.Limits(max_keepalive_connections=MOST_IDLE)
         self._http = httpx.AsyncClient(

@@ -45,12 +45,7 @@ _log = logging.getLogger(__name__)
 class Split:
     """Splits the queries of one worker. Used in its event loop."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        salt: Salt,
-        now_ms: Callable[[], int],
-    ) -> None:
+    def __init__(self, settings: Settings, salt: Salt, now_ms: Callable[[], int]) -> None:
         self._salt, self._now_ms = salt, now_ms
         self._experiments = Experiments(settings)
         self._spool = ExposureSpool(settings.serving_dir / layout.EXPOSURES, now_ms, _log.warning)

@@ -17,15 +17,7 @@ import orjson
 from google.protobuf import json_format
 from msgspec import Meta
 
-from deploy.serving.answers.tensor_model import (
-    MODEL,
-    ModelChoice,
-    Signature,
-    Tensor,
-    TensorModel,
-    Tensors,
-    TensorSpec,
-)
+from deploy.serving.answers.tensor_model import MODEL, ModelChoice, Signature, Tensor, TensorModel, Tensors, TensorSpec
 from deploy.serving.requests.grpc_server import POOL, Method, Service, message
 from deploy.serving.requests.http import FAILED, JSON, Endpoint, Headers, Request, Response, encode
 from springtide_client.answers import (

@@ -19,16 +19,7 @@ from threadpoolctl import threadpool_limits
 
 from state.compiled import compiled_sums, read_only
 from trainer.engine.adam import HostAdam
-from trainer.engine.compiled.arrays import (
-    F32,
-    FAST,
-    FROM_HEADS,
-    I32,
-    Facts,
-    FastWeights,
-    Gradients,
-    HeadInputs,
-)
+from trainer.engine.compiled.arrays import F32, FAST, FROM_HEADS, I32, Facts, FastWeights, Gradients, HeadInputs
 from trainer.engine.compiled.heads import Heads
 from trainer.engine.compiled.preparing import Prepare
 from trainer.engine.compiled.threads import Threads
