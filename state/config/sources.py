@@ -1,7 +1,7 @@
 """Reads single settings from a TOML file, from environment variables and from flags, and checks each value.
 
 Every reader yields (dotted name, value, origin). `RENAMED` maps settings of earlier releases to their present names;
-those in `GONE` no longer have an effect. A setting that is a list of `name=value` may also be written in the file as
+those in `removed.toml` no longer have an effect. A setting that is a list of `name=value` may also be written in the file as
 keys of its section: `name = "value"` (`NAMED`).
 """
 
@@ -16,6 +16,7 @@ import math
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,49 +32,6 @@ NAMED = {"segments": "expressions"}
 
 RENAMED = {"features.labels": "features.recent_categories"}
 """Former name -> present name."""
-
-_SHARDS = (
-    "stop all streams of this deployment, leave the setting out and start one stream. If histories of other shards exist, "
-    "it asks for `springtide rebuild-history`, which `springtide up` runs by itself"
-)
-REFUSED = {
-    "stream.shard": ("0", _SHARDS),
-    "stream.shards": ("1", _SHARDS),
-    "trainer.partition": ("0", "leave it out, and let one stream write the training log"),
-}
-"""Removed settings of which only one value has no effect: that value, and the advice for others."""
-
-_ONE_STREAM = "one stream reads all partitions"
-_CUT = "a store that was open in a power cut is rebuilt"
-_POLL = "the interval between polls is 20 ms"
-_MAP = "storage.budget_gb limits the stores"
-_CROWD = "the synthetic shoppers have 64 categories and 4,000 items, and their taste drifts in 120 s"
-GONE = {
-    "stream.sync_s": _CUT,
-    "serving.sync_s": _CUT,
-    "stream.shard": _ONE_STREAM,
-    "stream.shards": _ONE_STREAM,
-    "bootstrap.compression": "examples are always compressed",
-    "bootstrap.shard_rows": "a file of examples has about 10,000",
-    "stream.poll_ms": _POLL,
-    "serving.poll_ms": _POLL,
-    "stream.map_gb": _MAP,
-    "serving.map_gb": _MAP,
-    "trainer.partition": "the training log has one partition",
-    "events.max_event_bytes": "a record has at most 1,000,000 bytes",
-    "events.allow_outcomes": "a field that is known before the event is left out of events.outcomes",
-    "model.initial_accumulator": "accumulators begin with 1e-6",
-    "stream.batch_events": "a batch has at most stream.cut_rows events",
-    "stream.max_record_bytes": "a micro-batch record has at most 900,000 bytes",
-    "bootstrap.sample_rows": "50,000 clicks are analysed, or those of `springtide bootstrap --rows`",
-    "bootstrap.timeout_s": "the analysis waits 120 s for clicks",
-    "trainer.capacity": "a table grows as needed",
-    "trainer.guard_factor": "the factor is 8",
-    "trainer.guard_patience": "20 skipped updates one after another hold training",
-    "registry.base_keep_h": "one version per 10 minutes is kept for 24 h",
-    **dict.fromkeys((f"shoppers.{name}" for name in ("categories", "items", "drift_s", "seed")), _CROWD),
-}
-"""Settings of 0.1.0 that 0.2.0 removed and ignores, and why."""
 
 _logger = logging.getLogger(__name__)
 
@@ -102,17 +60,24 @@ def listed(section: str, table: Mapping[str, Any], path: Path, lines: Mapping[st
     return {**others, NAMED[section]: [*(listed if isinstance(listed, list) else [listed]), *added]}
 
 
-def is_gone(name: str, value: Any, origin: str) -> bool:
+@cache
+def removed() -> dict[str, dict[str, str]]:
+    """Returns the settings that no longer exist, as `removed.toml` describes them."""
+    return tomllib.loads(Path(__file__).with_name("removed.toml").read_text(encoding="utf-8"))
+
+
+def is_gone(name: str, value: Any, origin: str, known: Mapping[str, KnownSetting]) -> bool:
     """Whether a setting no longer has an effect; if so, a warning is logged and its value is ignored.
 
     Raises:
         SettingsError: The setting requests a removed feature.
     """
-    if name in REFUSED and str(value).strip() != REFUSED[name][0]:
-        raise SettingsError(f"{origin}: {name} was removed in 0.2.0: {GONE[name]}", REFUSED[name][1])
-    if name in GONE:
-        _logger.warning("%s: %s was removed in 0.2.0 and is ignored: %s; leave it out", origin, name, GONE[name])
-    return name in GONE
+    if name in known or (gone := removed().get(name)) is None:
+        return False
+    if str(value).strip() != gone.get("only", str(value).strip()):
+        raise SettingsError(f"{origin}: {name} was removed in 0.2.0: {gone['why']}", gone["do"])
+    _logger.warning("%s: %s was removed in 0.2.0 and is ignored: %s; leave it out", origin, name, gone["why"])
+    return True
 
 
 def as_list(text: str) -> list[Any]:
@@ -157,7 +122,7 @@ def from_file(path: Path, known: Mapping[str, KnownSetting]) -> Iterator[tuple[s
         for key, value in listed(section, table, path, lines).items():
             name = f"{section}.{key}"
             origin = f"{path}:{lines.get(name, lines.get(section, 1))}"
-            if not is_gone(name, value, origin):
+            if not is_gone(name, value, origin, known):
                 yield _known_name(name, known, origin), value, origin
 
 
@@ -168,7 +133,8 @@ def from_environment(env: Mapping[str, str], known: Mapping[str, KnownSetting]) 
         if not key.startswith(PREFIX) or key in NO_SETTINGS:
             continue
         if key not in by_variable:
-            if is_gone({variable(name): name for name in GONE}.get(key, ""), env[key], f"variable {key}"):
+            former = next((name for name in removed() if variable(name) == key), "")
+            if is_gone(former, env[key], f"variable {key}", known):
                 continue
             near = variable(nearest_setting(key.removeprefix(PREFIX).replace("_", ".", 1).lower(), known))
             raise SettingsError(f"variable {key}: unknown setting", f"the nearest is {near}")
@@ -190,7 +156,8 @@ def from_flags(argv: Sequence[str], known: Mapping[str, KnownSetting]) -> Iterat
                 f"flag {flag}: no such option",
                 f"settings are written --section.name VALUE{like}, and --help lists the options",
             )
-        if not (former := name in GONE) and name != "config":
+        former = name not in known and name in removed()
+        if not former and name != "config":
             _known_name(name, known, f"flag {flag}", "--")
             if known[name].secret:
                 raise SettingsError(
@@ -202,7 +169,7 @@ def from_flags(argv: Sequence[str], known: Mapping[str, KnownSetting]) -> Iterat
             if following is None or following.startswith("--"):
                 raise SettingsError(f"flag {flag}: its value is missing", f"write {flag} VALUE, or {flag}=VALUE")
             text = following
-        if not former or not is_gone(name, text, f"flag {flag}"):
+        if name == "config" or not is_gone(name, text, f"flag {flag}", known):
             yield name, text, f"flag {flag}"
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from state.config.settings import Settings, known_settings
-from state.config.sources import GONE, RENAMED
+from state.config.sources import RENAMED, removed
 from state.features.mask import Mask
 from state.history.store import HistoryStore
 from state.layout import HISTORIES, ROWS
@@ -52,7 +52,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 
 def test_each_setting_of_0_1_0_is_read_or_ignored_with_a_warning_or_its_error_names_the_present_one() -> None:
-    assert SETTINGS_OF_0_1_0 - {known.name for known in known_settings()} - GONE.keys() - RENAMED.keys() == set()
+    assert SETTINGS_OF_0_1_0 - {known.name for known in known_settings()} - removed().keys() - RENAMED.keys() == set()
 
 
 def test_everything_that_0_1_0_wrote_is_read_bit_by_bit_and_answers_as_it_did(run: Run) -> None:
