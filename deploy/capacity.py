@@ -7,7 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from state.config.loading import load
 from state.config.settings import Settings
 from state.config.sources import split_settings
 from state.errors import SettingsError
-from state.process.commands import add_options, parser_of
+from state.process.commands import add_options, amount, parser_of
 from state.user_shares import SHARES
 
 SOURCE = Path(__file__).with_name("capacity.toml")
@@ -33,7 +33,6 @@ NAMED = (
     "leader of the training log",
 )
 """Limits in the page's table of loads."""
-ANSWERS = ("lean", "full", "recommend", "explain")
 BY_CLICKS = ("cores", "clicks/s", "GB/s")
 """Units of the limits that are proportional to the click rate."""
 
@@ -65,6 +64,33 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     flink: LimitFormula
 
 
+@dataclass(frozen=True)
+class Load:
+    """The load of a deployment; the fields are the options of `springtide capacity`."""
+
+    clicks: float = 10_000.0
+    users: float = 1e6
+    items: float = 1e5
+    answers: float = 1_000.0
+    answer: str = "lean"
+    versions: float = 5.0
+    retention_h: float = 168.0
+    click_bytes: float = 100.0
+    use: float = 0.6
+    host_cores: float = 16
+    replication: float = 3
+    standbys: float = 0
+    stream: str = "auto"
+
+
+@dataclass(frozen=True)
+class Example(Load):
+    """A load of the page, with `serving.shares` and `trainer.workers`."""
+
+    shares: str = ""
+    workers: int = 1
+
+
 class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`capacity.toml`, which describes its tables."""
 
@@ -72,37 +98,13 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     formulas: dict[str, str]
     parts: dict[str, tuple[str, str, str, str]]
     limits: Limits
+    examples: tuple[Example, ...]
     page: dict[str, str]
 
 
 DATA = msgspec.toml.decode(SOURCE.read_bytes(), type=Source)
 CONSTANTS = DATA.constants
 VALUES: Mapping[str, float] = {name: constant.value for name, constant in CONSTANTS.items()}
-
-
-def _option(default: Any, meaning: str, choices: tuple[str, ...] | None = None) -> Any:
-    return field(default=default, metadata={"help": meaning, "choices": choices})
-
-
-@dataclass(frozen=True)
-class Load:
-    """The load of a deployment; the fields are the options of `springtide capacity`."""
-
-    clicks: float = _option(10_000.0, "clicks per second in the peak hour")
-    users: float = _option(1e6, "users who click within the longest window")
-    items: float = _option(1e5, "items and categories with an embedding row")
-    answers: float = _option(1_000.0, "answers per second, over all hosts")
-    answer: str = _option("lean", "kind of the answers", choices=ANSWERS)
-    versions: float = _option(5.0, "versions per second")
-    retention_h: float = _option(168.0, "Kafka retention in hours")
-    click_bytes: float = _option(100.0, "size of a click in Kafka in bytes")
-    use: float = _option(0.6, "planned utilisation of a core")
-    host_cores: float = _option(16, "cores of a serving host")
-    replication: float = _option(3, "Kafka replication factor")
-    standbys: float = _option(0, "standby trainers")
-    stream: str = _option(
-        "auto", "stream runner; auto: flink if one process is not enough", choices=("local", "flink", "auto")
-    )
 
 
 class Need(NamedTuple):
@@ -192,40 +194,6 @@ class Sizing:
         return sorted(reached, key=lambda limit: -limit.share)
 
 
-SHOWN = Load(clicks=10_000, answers=20_000)
-_LARGE = Load(clicks=100_000, users=1e8, items=1e7, answers=200_000)
-_LARGEST = Load(clicks=1e6, users=1e9, items=1e8, answers=1e6)
-EXAMPLES: Sequence[tuple[Load, str, int]] = (
-    (Load(clicks=200, users=2_000, items=4_000, answers=100), "", 1),
-    (Load(clicks=2_000, answers=2_000), "", 1),
-    (SHOWN, "", 1),
-    (replace(SHOWN, standbys=1), "0-31", 1),
-    (Load(clicks=10_000, users=1e7, items=1e6, answers=20_000), "", 1),
-    (_LARGE, "", 1),
-    (replace(_LARGE, standbys=1), "0-3", 1),
-    (_LARGE, "0-3", 4),
-    (_LARGEST, "", 1),
-    (_LARGEST, "0", 1),
-    (_LARGEST, "0", 16),
-)
-"""Loads, with `serving.shares` and `trainer.workers`."""
-
-
-def amount(text: str) -> float:
-    """Parses a number above 0, also written as 1e6.
-
-    Raises:
-        argparse.ArgumentTypeError: It is not.
-    """
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1e15:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return value
-
-
 def constant(text: str) -> tuple[str, float]:
     """Parses `NAME=VALUE`.
 
@@ -241,12 +209,8 @@ def constant(text: str) -> tuple[str, float]:
 def parser(settings: Settings) -> argparse.ArgumentParser:
     """Returns the parser of the command: the fields of `Load`, and how to print."""
     command = parser_of("capacity")
-    defaults = {"versions": 1 / settings.trainer.publish_s, "retention_h": settings.kafka.retention_h}
-    for option in fields(Load):
-        default, choices = defaults.get(option.name, option.default), option.metadata["choices"]
-        flag, meaning = f"--{option.name.replace('_', '-')}", f"{option.metadata['help']} ({default})"
-        convert = str if choices else amount
-        command.add_argument(flag, type=convert, choices=choices, default=default, help=meaning)
+    of_settings = {"versions": 1 / settings.trainer.publish_s, "retention_h": settings.kafka.retention_h}
+    command.set_defaults(**asdict(Load()) | of_settings)
     command.add_argument(
         "--measured",
         type=constant,
@@ -327,11 +291,12 @@ def page() -> str:
         trainer=replace(settings.trainer, max_rows=10**9),
     )
     loads, limits = [], []
-    for example, shares, workers in EXAMPLES:
-        serving, trainer = replace(roomy.serving, shares=shares), replace(roomy.trainer, workers=workers)
+    for example in DATA.examples:
+        serving = replace(roomy.serving, shares=example.shares)
+        trainer = replace(roomy.trainer, workers=example.workers)
         sizing = Sizing(example, replace(roomy, serving=serving, trainer=trainer))
         order, stream = sizing.orders()["all"], "Flink" if sizing["on_flink"] else "local"
-        about = [number(example.clicks), number(example.users), shares or "all", str(workers)]
+        about = [number(example.clicks), number(example.users), example.shares or "all", str(example.workers)]
         sizes = [f"{order.cores:,g}", number(order.memory_bytes / 1e9), number(order.disk_bytes / 1e9)]
         loads.append([*about, f"{example.standbys:g}", number(example.answers), stream, *sizes, str(sizing["hosts"])])
         share_of = {limit.name: f"{limit.share:.0%}" for limit in sizing.limits()}
@@ -344,7 +309,7 @@ def page() -> str:
         for name, constant in CONSTANTS.items()
     ]
     return DATA.page["text"].format(
-        shown=_as_text(Sizing(SHOWN, settings)),
+        shown=_as_text(Sizing(Load(answers=20_000), settings)),
         loads=_table(head, loads),
         limits=_table([*about, "a new host answers after", *NAMED], limits),
         formulas=_table(["answer", "formula"], formulas),

@@ -161,6 +161,17 @@ def seconds(text: str) -> float:
     return value
 
 
+def amount(text: str) -> float:
+    """Parses a number above 0, also written as 1e6."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e15:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
 def span_s(text: str) -> float:
     """Parses a duration to seconds."""
     if not (span := span_ms(text)):
@@ -172,6 +183,7 @@ TYPES: Mapping[str, Callable[[str], Any]] = {
     "int": int,
     "float": float,
     "path": Path,
+    "amount": amount,
     "positive": positive,
     "seconds": seconds,
     "span": span_s,
