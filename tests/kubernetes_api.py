@@ -146,7 +146,6 @@ class Cluster:
         )
 
     def names(self, kind: str) -> set[str]:
-        """Of all objects of a kind."""
         return {name for of, name in self.objects if of == kind}
 
     def scale(self, name: str, replicas: int) -> None:

@@ -69,7 +69,6 @@ class Box:
 
     @property
     def ports(self) -> dict[str, int]:
-        """By name."""
         return {one["name"]: one["containerPort"] for one in self.told.get("ports", ())}
 
     @property
@@ -108,7 +107,6 @@ def sizes_of(kustomization: Path) -> dict[str, str]:
 
 
 def of_kind(found: Sequence[Document], kind: str) -> list[Document]:
-    """Those of a kind."""
     return [one for one in found if one["kind"] == kind]
 
 

@@ -47,7 +47,6 @@ class OneKafka:
         threading.Thread(target=self._answer, name="one-kafka", daemon=True).start()
 
     def running(self) -> Running:
-        """The broker, running."""
         with self._starting:
             if self._broker is None:
                 # Tests write records of 1970 too: a retention of a week would delete them within the minute.

@@ -54,7 +54,6 @@ class Written:
 
     @classmethod
     def now(cls, processes: Mapping[str, psutil.Process], directory: Path) -> Written:
-        """As of now."""
         charged = {name: charged_bytes(Path(f"/proc/{one.pid}/io").read_text()) for name, one in processes.items()}
         device = directory.stat().st_dev
         disk = disk_bytes(Path("/proc/diskstats").read_text(), os.major(device), os.minor(device))

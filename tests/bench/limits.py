@@ -33,11 +33,10 @@ import numpy as np
 
 from deploy.local_kafka import Broker
 from state.config.sections import Kafka
-from state.log import Topics
+from state.log import Topics, Writer, partition_of
 from state.log.bulk import BulkWriter
 from state.process.ports import HOST, free_port, free_ports
 from state.process.wall_clock import wall_ms
-from tests.bench.loop import freshness
 from tests.bench.report import Figure, Stages, report
 from tests.bench.stream import CHUNK, PACE_S, PARTITIONS, Clicks
 from tests.e2e.running import PORTS, ROOT
@@ -50,6 +49,8 @@ FIRST = 20_000
 STEP = 1.125
 LATE_S = 1.0
 START_S, CATCH_UP_S, PATIENCE_S = 300.0, 900.0, 30.0
+BURST_CLICKS = 3
+POLL_S = 0.005
 
 progress = Stages("limits")
 
@@ -193,6 +194,49 @@ class Measured:
             rate /= STEP
             held = rate if self.holds(rate, hold_s) else 0.0
         return held
+
+
+def freshness(kafka: Kafka, host: str, port: int, bursts: int, fields: str = "?fields=sources") -> list[float]:
+    """Seconds from acknowledged to answered by a version trained on it, one for each burst.
+
+    Args:
+        kafka: Of the clicks.
+        host: Of a worker.
+        port: Its port.
+        bursts: How many, of `BURST_CLICKS` clicks each.
+        fields: What makes an answer name its sources; a query.
+
+    Raises:
+        RuntimeError: No answer had learned a burst after `PATIENCE_S`.
+    """
+    worker = http.client.HTTPConnection(host, port, timeout=PATIENCE_S)
+    measured = []
+    with Topics(kafka) as topics, Writer(kafka) as writer:
+        about = topics.describe(kafka.clicks_topic)
+        for number in range(bursts):
+            progress.say("weight freshness", f"burst {number} of {bursts}")
+            user = f"bench-shopper-{number % 50}"
+            click = {"user": user, "item": f"item-{number}", "category": f"category-{number % 64}", "action": "view"}
+            for _ in range(BURST_CLICKS):
+                value = json.dumps(click | {"time": wall_ms()}).encode()
+                writer.send(kafka.clicks_topic, None, user.encode(), value)
+            writer.flush()
+            acknowledged_s = time.monotonic()
+            partition = partition_of(user.encode(), about.partitions)
+            # Others write too: the end is at or after the burst, never before it.
+            end = topics.ends(kafka.clicks_topic)[partition][1]
+            source = f"{about.topic_id}:{partition}"
+            while True:
+                worker.request("GET", f"/v1/profiles/{user}{fields}")
+                answer = json.loads(worker.getresponse().read())
+                if answer["version"]["sources"].get(source, 0) >= end:
+                    break
+                if time.monotonic() - acknowledged_s > PATIENCE_S:
+                    raise RuntimeError(f"burst {number}: no version covers {source} to {end}")
+                time.sleep(POLL_S)
+            measured.append(time.monotonic() - acknowledged_s)
+    worker.close()
+    return measured
 
 
 def main() -> None:

@@ -48,7 +48,6 @@ class Bench(ServingHost):
     """A serving host that also finds similar items and ranks."""
 
     def recommended(self, user: int, wanted: WantedItems = USUAL) -> Recommendations:
-        """Recommendations as of now."""
         return self.recommend(user, wall_ms(), wanted)
 
     def near(self, user: int) -> SimilarItems:

@@ -320,3 +320,5 @@ def test_it_is_a_ranker_and_what_it_learned_goes_on_from_a_version_with_the_same
     assert whole == gone_on
     assert whole != first
     assert all(np.isfinite(one) for one in list(trainer.measures.evaluation.values().values()))
+    losses = [trainer.step(log[0]).interest_log_loss for _ in range(30)]
+    assert losses[-1] < losses[0], "what is seen again and again is learned"

@@ -222,5 +222,4 @@ class LookingUp(Ranker):
 
 
 def build(settings: Model, spec: FeatureSpec, preprocessing: Any) -> LookingUp:
-    """Builds it."""
     return LookingUp(settings, spec)

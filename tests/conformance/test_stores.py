@@ -28,7 +28,6 @@ CHILD = multiprocessing.get_context("fork")
 
 @pytest.fixture(params=kinds(), ids=lambda kind: kind.__name__)
 def kept(request: pytest.FixtureRequest) -> Kept[Any]:
-    """Each store there is."""
     kind: type[LmdbStore] = request.param
     assert kind in KEPT, (
         f"{kind.__module__}.{kind.__name__} is a store: say in tests/conformance/kept.py how it is used"

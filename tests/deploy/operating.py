@@ -13,12 +13,13 @@ from deploy import cli
 from state.config.sections import Kafka
 from state.events.identity import public_id
 from state.features.spec import FeatureSpec
-from state.microbatch.batch import DTYPES, NAMES, SCALARS, Header
+from state.microbatch.batch import Header
 from state.microbatch.codec import encode
 from state.positions import Range, Source
 from state.registry.manifest import TOLD_MS, Draft, LogRange
 from state.registry.registry import SERVING, TRAINING, Registry
 from tests.memory_log import MemoryLog
+from tests.microbatches import columns
 
 NOW_MS = 1_800_000_000_000
 TOPIC = "0000002a" + "0" * 24
@@ -66,25 +67,16 @@ def users_of(record: int) -> list[int]:
 def record(number: int) -> bytes:
     """Record `number` of the training log: 20 clicks of partition 1."""
     first = ROWS * number
-    columns = {
-        name: np.zeros(ROWS if name in SCALARS else (ROWS, *SHAPES.get(name, (0,))), DTYPES[name]) for name in NAMES
-    }
-    columns |= {
-        "user": np.array(users_of(number), np.uint64),
-        "item": np.array([public_id(BAIT) if user == BOT else 0 for user in users_of(number)], np.uint64),
-        "at_ms": begin_ms(number) + 600 * np.arange(ROWS, dtype=np.int64),
-        "offset": np.arange(first, first + ROWS, dtype=np.int64),
-    }
+    made = columns(
+        ROWS,
+        FeatureSpec(),
+        user=np.array(users_of(number), np.uint64),
+        item=np.array([public_id(BAIT) if user == BOT else 0 for user in users_of(number)], np.uint64),
+        at_ms=begin_ms(number) + 600 * np.arange(ROWS),
+        offset=np.arange(first, first + ROWS),
+    )
     ranges = (Range(Source(TOPIC, 1), first, first + ROWS, rows=ROWS),)
-    return encode(Header("spec", "salt", ranges, created_ms=begin_ms(number) + 12_000), columns)
-
-
-SPEC = FeatureSpec()
-SHAPES = {
-    "features": (len(SPEC.names),),
-    "recent_categories": (SPEC.recent_categories,),
-    "category_windows": (SPEC.recent_categories, len(SPEC.window_names)),
-}
+    return encode(Header("spec", "salt", ranges, created_ms=begin_ms(number) + 12_000), made)
 
 
 def written(records: int = RECORDS) -> MemoryLog:

@@ -55,7 +55,7 @@ def test_the_deployment_that_was_measured_comes_out_as_measured() -> None:
     assert sized(SOAK, young)["served_bytes"] == pytest.approx(9.97e8, rel=0.2)
     parts = found.parts()
     assert 1.0 < sum(parts[part].cores for part in (STREAM, TRAINER, APPLIER, WORKERS, REST, KAFKA)) < 2.0
-    # `python -m tests.bench.loop` reached 20,011 clicks/s on the same two cores.
+    # The whole loop reached 20,011 clicks/s on the same two cores.
     parts = sized(replace(SOAK, clicks=20_000)).parts()
     assert 1.6 < sum(parts[part].cores for part in (STREAM, TRAINER, APPLIER, WORKERS, KAFKA)) < 3.0
 

@@ -114,8 +114,6 @@ Say = Callable[[str], None]
 
 
 class Chaos:
-    """One run."""
-
     def __init__(
         self,
         directory: Path,
@@ -674,7 +672,6 @@ class Findings:
 
     @property
     def killed(self) -> int:
-        """All kills."""
         return sum(self.kills.values())
 
     def problems(self) -> list[str]:

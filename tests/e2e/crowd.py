@@ -22,7 +22,6 @@ from state.attributes.values import SIDES
 from state.config.settings import Settings
 from state.errors import LogError
 from state.log import Writer
-from state.process.wall_clock import wall_ms
 
 CHUNK_S = 0.1
 BROKEN_SHARE = 0.02
@@ -47,8 +46,6 @@ BROKEN_RECORD = b"no record"
 
 @dataclass(frozen=True)
 class Record:
-    """One record of a topic."""
-
     topic: str
     partition: int
     key: bytes
@@ -167,20 +164,6 @@ class Crowd:
     def start(self) -> None:
         """Begins to click."""
         self._thread.start()
-
-    def click_once_more(self) -> int:
-        """After `finish` each shopper clicks a last time; returns how many records were acknowledged in all."""
-        settings = self._settings
-        users = [f"shopper-{number}" for number in range(settings.shoppers.users)]
-        times = np.full(len(users), wall_ms())
-        same = (["item-00-000"] * len(users), ["category-00"] * len(users), [settings.events.actions[0]] * len(users))
-        with Writer(settings.kafka) as writer:
-            piece = encode(Clicks(users, *same, times), settings.events)
-            for one in as_records(settings, piece.keys, piece.values, times.tolist()):
-                writer.send(one.topic, one.partition, one.key, one.value, (), one.at_ms)
-                self.written += 1
-            writer.flush()
-        return self.written
 
     def finish(self) -> int:
         """Ends the stream after the chunk at hand; returns how many records were acknowledged."""

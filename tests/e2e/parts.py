@@ -151,7 +151,6 @@ class Parts:
         self._back: threading.Thread | None = None
 
     def start(self, name: str, kill_at: str = "") -> Part:
-        """Starts a part."""
         made = self.running[name] = Part(name, self.settings, self.settings.logs_dir / f"{name}.log", kill_at)
         return made
 

@@ -82,7 +82,6 @@ class Stream:
 
     @property
     def store(self) -> HistoryStore:
-        """Its histories."""
         return self._context.store
 
     def step(self) -> bool:
@@ -174,7 +173,6 @@ class Applying:
 
         more = self._versions.step()
         control = self._registry.control()
-        assert control is not None
         turned = self._clicks.follow_branch(control.log, control.mask, open_at)
         if not self._clicks.connected:
             self._clicks.connect(self._log, topic)

@@ -19,7 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,9 +27,9 @@ from pathlib import Path
 import psutil
 
 from state.process.progress_line import ProgressLine
-from tests.bench.loop import parts
 from tests.disks import forget_memory
-from tests.e2e.running import Loop
+from tests.e2e.running import MODULES, Loop
+from tests.written import Written
 
 EVERY_S = 5.0
 LINE_EVERY_S = 15.0
@@ -40,6 +40,13 @@ SEGMENT = (".log", ".index", ".timeindex", ".txnindex", ".snapshot", ".deleted")
 """What files of the broker's segments are called."""
 
 ANONYMOUS = re.compile(r"^RssAnon:\s+(\d+) kB", re.M)
+
+
+def parts(loop: Loop) -> dict[str, psutil.Process]:
+    """The processes of the loop by name."""
+    pids = {name: loop.pid(name) for name in MODULES}
+    pids["kafka"] = next((process.pid for process in loop.processes() if "java" in process.name()), None)
+    return {name: psutil.Process(pid) for name, pid in pids.items() if pid is not None}
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,6 @@ class Look:
 
     @classmethod
     def at(cls, process: psutil.Process) -> Look:
-        """What `process` has now."""
         status = Path(f"/proc/{process.pid}/status").read_text()
         found = ANONYMOUS.search(status)
         assert found is not None, "Linux says RssAnon since 4.5"
@@ -106,9 +112,10 @@ def lag(loop: Loop) -> tuple[float, float]:
     )
 
 
-def soak(loop: Loop, minutes: float, warm_minutes: float) -> tuple[dict[str, list[Look]], list[tuple[float, float]]]:
+def soak(
+    loop: Loop, running: Mapping[str, psutil.Process], minutes: float, warm_minutes: float
+) -> tuple[dict[str, list[Look]], list[tuple[float, float]]]:
     """Looks at all processes every few seconds; returns the looks and lags after the warm-up."""
-    running = parts(loop)
     looks: dict[str, list[Look]] = {name: [] for name in running}
     lags: list[tuple[float, float]] = []
     progress, begin = ProgressLine(sys.stderr, LINE_EVERY_S), time.monotonic()
@@ -141,7 +148,10 @@ def main() -> int:
     print(f"state and logs: {directory}", file=sys.stderr)
     try:
         loop.start()
-        looks, lags = soak(loop, options.minutes, options.warm_minutes)
+        running = parts(loop)
+        before = Written.now(running, directory)
+        looks, lags = soak(loop, running, options.minutes, options.warm_minutes)
+        written = Written.now(running, directory).gb_per_hour(before)
     finally:
         if loop.process is not None:
             loop.stop()
@@ -158,6 +168,7 @@ def main() -> int:
             f"  {name:<9} {first.memory_kb / 1024:7.1f} -> {last.memory_kb / 1024:7.1f} MiB, "
             f"{first.descriptors} -> {last.descriptors} descriptors, {first.threads} -> {last.threads} threads"
         )
+    print("GB an hour written: " + ", ".join(f"{name} {value:.1f}" for name, value in written.items()))
     print("\n".join(found) if found else "nothing grew")
     return 1 if found else 0
 

@@ -87,7 +87,6 @@ class Asking(threading.Thread):
             self.failed.append(what)
 
     def stop(self) -> None:
-        """Ends it."""
         self._stopping.set()
         self.join(60.0)
 

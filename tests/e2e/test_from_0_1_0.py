@@ -25,7 +25,6 @@ pytestmark = pytest.mark.nightly
 
 
 def counted(answer: dict[str, Any] | None) -> int:
-    """The purchases that an answer counts."""
     return int(answer["features"]["purchase.count_7d"]) if answer else 0
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 import sys
 import time
@@ -40,7 +39,6 @@ WATCHED: Mapping[str, object] = {
 
 @pytest.fixture(scope="module")
 def loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
-    """A running loop with it."""
     made = Loop(tmp_path_factory.mktemp("din"), {**SHORT, **WATCHED, "config": TOML})
     made.start()
     try:
@@ -82,7 +80,6 @@ def test_a_ranker_of_ones_own_trains_publishes_and_answers(loop: Loop) -> None:
 
 
 def version(loop: Loop) -> dict[str, Any]:
-    """The version of an answer."""
     found: dict[str, Any] = until(lambda: loop.profile("anyone"), "no answer")["version"]
     return found
 
@@ -166,21 +163,6 @@ def test_the_example_passes_check_model_which_names_both_functions(capsys: pytes
         f"model.preprocessing '{OWN.preprocessing}': [B, 128] to [B, 256], lowers to LiteRT"
     )
     assert tower.startswith(f"model.tower '{OWN.tower}': [B, 352] to [B, 64]")
-
-
-@pytest.mark.nightly
-def test_what_the_guides_show_passes_check_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = tmp_path / "my_package"
-    package.mkdir()
-    monkeypatch.chdir(tmp_path)
-    for page in ("own-tower", "own-ranker"):
-        text = (ROOT / "docs" / "how-to" / f"{page}.md").read_text()
-        blocks = dict(re.findall(r'^```python\n"""my_package/(\w+\.py): (.*?)^```$', text, re.MULTILINE | re.DOTALL))
-        for name, program in blocks.items():
-            (package / name).write_text(f'"""{program}')
-        (settings,) = re.findall(r"^```toml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-        (tmp_path / "springtide.toml").write_text(settings)
-        assert blocks and cli.main(["check-model", "--config", str(tmp_path / "springtide.toml")]) == 0
 
 
 BAD = """

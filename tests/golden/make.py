@@ -378,7 +378,6 @@ RUNS: Mapping[str, Run] = {
 
 
 def settings_for(run: str, state: Path, broker: Broker) -> Settings:
-    """The settings of a run."""
     values = {
         **RUNS[run].settings,
         "paths.state": state,

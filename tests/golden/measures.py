@@ -158,7 +158,6 @@ def rows_of(path: Path) -> Document:
     store = RowStore(path, MAP_BYTES, readonly=True)
     with store.reader() as reader:
         served = reader.served()
-        assert served is not None
         dense = reader.dense(served.version)
         sha = hashlib.sha256()
         for name, weight in sorted(dense.items()):

@@ -14,7 +14,6 @@ counts = st.integers(0, 50)
 
 @st.composite
 def ranges(draw: st.DrawFn, source: Source = CLICKS) -> Range:
-    """Any range of `source`."""
     first, rows, dead, filtered, absent = draw(st.tuples(counts, counts, counts, counts, counts))
     return Range(source, first, first + rows + dead + filtered + absent, rows, dead, filtered, absent)
 

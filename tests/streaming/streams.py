@@ -93,7 +93,6 @@ class StreamProcess:
 
     @property
     def lines(self) -> list[str]:
-        """What it logged."""
         return self.log.read_text().splitlines()
 
 
@@ -135,7 +134,6 @@ class Follower:
 
 @contextmanager
 def following(kafka: Kafka, topic: str) -> Iterator[Follower]:
-    """A follower of a topic."""
     follower = Follower(kafka, topic)
     try:
         yield follower

@@ -30,7 +30,7 @@ from state.statistics.anomalies import validate
 from state.statistics.baselines import Baselines
 from state.statistics.protos import by_name, frequencies
 from streaming.bootstrap import ComputeWindows, Sample, Wanted, asked, of_recording, of_topic, open_sample, run
-from streaming.preprocessing import CLIP, analysed, preprocessing_fn
+from streaming.preprocessing import CLIP
 from streaming.rows import Rows
 from streaming.steps import Handle, ParseEvents
 from tests.conftest import KafkaFactory
@@ -162,20 +162,6 @@ def test_too_few_clicks_end_the_wait_with_what_to_do(settings: Settings) -> None
         run(starved, said.append, clock=lambda: float(next(ticks)))
     assert any("of at least 100,000 clicks" in line for line in said)
     assert Registry(starved.registry_dir).specs.names() == []
-
-
-def test_a_constant_column_stays_finite(tmp_path: Path) -> None:
-    features = np.random.default_rng(0).integers(0, 9, (500, 6)).astype(np.uint16)
-    features[:, 2] = 7
-    analysed([features], preprocessing_fn, tmp_path)
-
-    from trainer.model.preprocessing import preprocessing_of
-
-    scaled = preprocessing_of(tmp_path)(
-        np.vstack([features, np.full((1, 6), 65535, np.uint16)]).astype(np.float32)
-    ).numpy()
-    assert np.abs(scaled[:-1, 2]).max() < 1e-4
-    assert np.abs(scaled).max() <= CLIP
 
 
 def scaled(inputs: dict[str, Any], settings: Model) -> dict[str, Any]:

@@ -22,7 +22,6 @@ from tests.streaming.pieces import ONE, ZERO, piece
 
 
 def rows_of(cuts: Sequence[Cut]) -> list[int]:
-    """The number of rows of each cut."""
     return [sum(len(one.batch.offset) for one in cut.pieces) for cut in cuts]
 
 

@@ -128,7 +128,6 @@ def bits_of(running: Learner) -> str:
 
 
 def account_in(running: Learner) -> dict[str, int]:
-    """Its account, as it is now."""
     return running._account()
 
 

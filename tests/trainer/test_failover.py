@@ -1,8 +1,9 @@
-"""Two trainers of one registry on a real log: one learns, the other stands by and takes over from a killed or frozen one."""
+"""Processes of trainers of one registry: a standby takes over, and the next start learns without TensorFlow."""
 
 from __future__ import annotations
 
 import signal
+import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -13,6 +14,7 @@ import psutil
 import pytest
 
 from deploy.watch import scrape
+from state import probe
 from state.config.settings import Settings
 from state.file_store import open_store
 from state.log import Log
@@ -28,6 +30,9 @@ from tests.one_s3 import S3Server
 from tests.trainer.clicks import SALT, SPEC, microbatch, small_settings
 from tests.trainer.logs import write_transform
 from trainer import verify
+from trainer.model.default_model import DefaultModel
+from trainer.versions import checkpoint
+from trainer.versions.program import Program
 
 RECORDS = [microbatch(number) for number in range(24)]
 PACE = ("--trainer.publish_s", "0.05", "--registry.durable_s", "0.3", "--trainer.metrics_port", "0")
@@ -73,9 +78,15 @@ class Registered:
         return [(number, self.registry.manifest(number).parent) for number in self.registry.versions()]
 
 
-def trainer(stack: ExitStack, settings: Settings, log: Path, kill_at: str = "") -> tuple[Part, Settings]:
+def trainer(
+    stack: ExitStack,
+    settings: Settings,
+    log: Path,
+    kill_at: str = "",
+    start: type[subprocess.Popen[bytes]] = forked.Popen,
+) -> tuple[Part, Settings]:
     own = replace(settings, trainer=replace(settings.trainer, metrics_port=free_port()))
-    part = Part("trainer", own, log, kill_at, start=forked.Popen)
+    part = Part("trainer", own, log, kill_at, start=start)
     stack.callback(part.kill)
     return part, own
 
@@ -88,6 +99,12 @@ def is_warm_standby(part: Part, settings: Settings) -> bool:
     return metrics.value("springtide_trainer_standby") == 1.0 and phase == 1.0
 
 
+def has_tensorflow(part: Part) -> bool:
+    """Whether the process has mapped TensorFlow's libraries."""
+    maps = psutil.Process(part.pid).memory_maps()
+    return any("/tensorflow/" in library.path for library in maps)
+
+
 @pytest.mark.parametrize(
     "struck",
     [
@@ -96,7 +113,7 @@ def is_warm_standby(part: Part, settings: Settings) -> bool:
         pytest.param("publish.checked", marks=pytest.mark.nightly),
     ],
 )
-def test_a_standby_learns_on_and_a_frozen_trainer_that_wakes_publishes_nothing(
+def test_a_standby_learns_on_what_wakes_publishes_nothing_and_the_next_start_needs_no_tensorflow(
     kafka_settings: KafkaFactory, tmp_path: Path, stack: ExitStack, struck: str
 ) -> None:
     settings = replace(small_settings(*PACE, "--paths.state", str(tmp_path / "state")), kafka=kafka_settings())
@@ -106,6 +123,7 @@ def test_a_standby_learns_on_and_a_frozen_trainer_that_wakes_publishes_nothing(
     until(lambda: own.registry.control(), first.said, DEADLINE_S)
     standby, its = trainer(stack, settings, tmp_path / "standby.log")
     until(lambda: is_warm_standby(standby, its), standby.said, DEADLINE_S)
+    assert has_tensorflow(first) and "with TensorFlow" in first.said()
     for record in RECORDS[:16]:
         own.write([record])
         time.sleep(0.1)
@@ -115,8 +133,8 @@ def test_a_standby_learns_on_and_a_frozen_trainer_that_wakes_publishes_nothing(
     else:
         until(lambda: psutil.Process(first.pid).status() == psutil.STATUS_STOPPED, first.said, DEADLINE_S)
     struck_ms = wall_ms()
-    own.write(RECORDS[16:])
-    until(lambda: "learning" in standby.said() and own.steps() == len(RECORDS), standby.said, DEADLINE_S)
+    own.write(RECORDS[16:20])
+    until(lambda: "learning" in standby.said() and own.steps() == 20, standby.said, DEADLINE_S)
     print(f"{struck}: the standby's first durable version after {own.first_after(struck_ms):.1f} s")
     if struck != "killed":
         before = own.durable()
@@ -126,11 +144,26 @@ def test_a_standby_learns_on_and_a_frozen_trainer_that_wakes_publishes_nothing(
         assert own.durable() == before
     assert "this trainer takes over" in standby.said()
     assert standby.stop() == 0
+    # Not forked from a process that has imported TensorFlow.
+    second, _ = trainer(stack, settings, tmp_path / "second.log", start=subprocess.Popen)
+    own.write(RECORDS[20:])
+    until(lambda: own.steps() == len(RECORDS), second.said, DEADLINE_S)
+    assert not has_tensorflow(second) and "without TensorFlow" in second.said(), second.said()
+    assert second.stop() == 0
     # One line of versions, each on the one before, learned as if one trainer had read the whole log.
     durable = own.durable()
     assert [parent for _, parent in durable] == [None, *(number for number, _ in durable[:-1])]
-    newest = durable[-1][0]
-    assert verify.run(settings, newest, None, lambda line: None).outcome == "equal"
+    manifests = [own.registry.manifest(number) for number, _ in durable]
+    assert len({(manifest.program, *sorted(manifest.environment.items())) for manifest in manifests}) == 1
+    newest = manifests[-1]
+    comparison = verify.run(settings, newest.version, None, lambda line: None)
+    assert comparison.outcome == "equal", comparison.text()
+    # Serving accepts the answers of the last one.
+    tensors = checkpoint.tensors_of(own.registry, newest)
+    program = Program(own.registry.specs.program(newest.program))
+    program.load({name.removeprefix("dense."): weight for name, weight in tensors.items() if name.startswith("dense.")})
+    asked = probe.inputs(DefaultModel(settings.model, SPEC, len(SPEC.names)).shapes())
+    assert probe.check(newest.version, probe.answers_in(tensors), program.predict(asked)) < probe.TOLERANCE
 
 
 @pytest.mark.nightly

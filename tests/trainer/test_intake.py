@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from state.features.erased import MaskedUsers
 from state.features.mask import Mask, always
-from state.microbatch.batch import ATTRIBUTES, LISTS, SCALARS, Header, Kind
+from state.microbatch.batch import Header, Kind
 from state.microbatch.codec import encode
 from state.positions import Range, Source
+from tests.microbatches import columns
 from trainer.intake import RecordFilter
 
 SPEC, SALT = "ab" * 32, "cd" * 8
@@ -27,14 +28,9 @@ fates = st.lists(st.sampled_from(["go on", "publish", "die"]), min_size=1, max_s
 
 def record(parts: list[Range]) -> bytes:
     offsets = np.concatenate([np.arange(part.first, part.next) for part in parts] or [np.zeros(0, np.int64)])
-    rows = len(offsets)
-    columns = {name: np.zeros(rows, kind) for name, kind in SCALARS.items()}
-    columns |= {name: np.zeros((rows, 1), kind) for name, kind in LISTS.items()}
-    columns["category_windows"] = np.zeros((rows, 1, 1), LISTS["category_windows"])
-    columns |= {name: np.empty((rows, 0), LISTS[name]) for name in ATTRIBUTES}
-    columns["offset"] = offsets.astype(np.int64)
-    columns["source"] = np.repeat(np.arange(len(parts)), [part.rows for part in parts]).astype(np.uint16)
-    return encode(Header(SPEC, SALT, tuple(parts), created_ms=0), columns)
+    source = np.repeat(np.arange(len(parts)), [part.rows for part in parts])
+    made = columns(len(offsets), offset=offsets, source=source)
+    return encode(Header(SPEC, SALT, tuple(parts), created_ms=0), made)
 
 
 def written(plan: list[tuple[int, int, bool]]) -> tuple[list[bytes], dict[Source, int]]:
@@ -120,16 +116,16 @@ def test_a_row_that_no_record_holds_and_one_that_two_hold_are_noticed() -> None:
 
 def joined(opened: int, at: int) -> bytes:
     """A record of one source: an event at `at` that labels the impression at `opened` and ends the wait of the one before it."""
-    columns = {name: np.zeros(3, kind) for name, kind in SCALARS.items()}
-    columns |= {name: np.zeros((3, 1), kind) for name, kind in LISTS.items() if name not in ATTRIBUTES}
-    columns["category_windows"] = np.zeros((3, 1, 1), LISTS["category_windows"])
-    columns["offset"][:] = at
-    columns["kind"][:] = [Kind.FEEDBACK, Kind.JOINED, Kind.EXPIRED]
-    columns["waited"][:] = [0, at - opened, at - opened + 1]
-    columns["at_ms"][:] = [5000, 3000, 2000]
-    columns["delay_ms"][:] = [0, 2000, 1000]
+    made = columns(
+        3,
+        offset=np.full(3, at),
+        kind=[Kind.FEEDBACK, Kind.JOINED, Kind.EXPIRED],
+        waited=[0, at - opened, at - opened + 1],
+        at_ms=[5000, 3000, 2000],
+        delay_ms=[0, 2000, 1000],
+    )
     part = Range(SOURCES[0], at, at + 1, feedback=1, joined=1, expired=1)
-    return encode(Header(SPEC, SALT, (part,), created_ms=0), columns)
+    return encode(Header(SPEC, SALT, (part,), created_ms=0), made)
 
 
 def test_only_rows_to_learn_from_are_taken_and_counted() -> None:

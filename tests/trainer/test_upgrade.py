@@ -77,7 +77,6 @@ def test_an_upgrade_continues_where_the_old_model_was_and_back_again(
     said = decided(registry, *HIDDEN)
     require_same_model(settings(registry, *HIDDEN))
     control = registry.control()
-    assert control is not None
     assert (control.action, control.epoch, control.base, control.serving.mode) == ("upgrade", 2, version, "follow")
     assert control.plan is not None
     assert control.plan["model"]["hidden"] == "(24, 8)"
@@ -184,12 +183,10 @@ def test_learning_anew_starts_from_scratch_and_serving_waits_until_it_has_caught
     said = decided(registry, *HIDDEN, from_scratch=True)
     assert any("nothing is carried over" in line for line in said)
     control = registry.control()
-    assert control is not None
     assert (control.base, control.serving.version, control.serving.then_follow) == (None, before.place.parent, True)
     ours = learner(registry, log, trainer=trainers["hidden"])
     assert trainers["hidden"].counters.steps == 0
     control = registry.control()
-    assert control is not None
     assert control.serving.mode == "pin"
     run_to_end(ours)
     while ours._publications.busy or ours.place.changed:
@@ -199,7 +196,6 @@ def test_learning_anew_starts_from_scratch_and_serving_waits_until_it_has_caught
     ours.close()
     assert trainers["hidden"].counters.steps == 6
     control = registry.control()
-    assert control is not None
     assert (control.action, control.serving.mode, control.epoch) == ("follow", "follow", 2)
     assert control.reason == "caught up, as the upgrade asked"
 
@@ -243,7 +239,6 @@ def test_a_release_with_another_model_upgrades_automatically_and_other_settings_
     # The settings are the version's, and the weights of this release are others.
     upgrade_to_this_release(registry, here, SPEC, trainers["hidden"])
     control = registry.control()
-    assert control is not None
     assert (control.action, control.epoch, control.actor.startswith("trainer:")) == ("upgrade", 2, True)
     assert control.reason.startswith("this release has another model")
 

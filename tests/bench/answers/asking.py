@@ -116,7 +116,6 @@ class Connection(asyncio.Protocol):
             self._client.answered(self, time.perf_counter() - self._due_s, self._expected)
 
     def close(self) -> None:
-        """Ends it."""
         self._transport.close()
 
 
@@ -156,7 +155,6 @@ class Client:
         return Taken(len(took_ms) / taken_s, p50_ms, p99_ms, self._bytes)
 
     def answered(self, connection: Connection, took_s: float, size: int) -> None:
-        """An answer is whole."""
         self._took_s.append(took_s)
         self._bytes = size
         self.idle.append(connection)

@@ -68,7 +68,6 @@ class System:
         self.commit(Appends.of(ids, made), [Range(source, begin, self.read, rows=made.size)])
 
     def commit(self, appends: Appends, ranges: Sequence[Range], extra: Mapping[str, bytes] | None = None) -> None:
-        """One commit to the histories."""
         store = HistoryStore(self.settings.stream_dir / HISTORIES, self.settings.features.history, 1 << 28)
         store.commit(appends, ranges, extra)
         store.close()

@@ -58,7 +58,6 @@ def test_what_is_restored_is_equal_bit_for_bit_and_says_who_restored_it(
     assert load_salt(there.salt_path, create=False) == load_salt(system.settings.salt_path, create=False)
     assert sorted(one.name for one in there.state_dir.iterdir()) == ["lock", "registry", "salt", "stream-0"]
     control = Registry(there.registry_dir).control()
-    assert control is not None
     assert (control.action, control.reason, control.epoch) == ("restore", f"restored backup {id_at(NOW_MS)}", 2)
 
 
@@ -275,7 +274,6 @@ def forget(system: System, *named: Named) -> None:
 
 def erased_in(path: Path) -> Erased:
     control = Registry(path).control()
-    assert control is not None
     return control.erased
 
 

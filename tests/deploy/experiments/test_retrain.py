@@ -57,7 +57,6 @@ class Shop:
         return Retrainer(self.settings, lambda: self.now_ms).step()
 
     def begin(self) -> Experiment:
-        """A retrain begins."""
         self.learn()
         assert not self.step()
         assert self.step(4 * HOUR_MS)

@@ -152,7 +152,6 @@ class Site:
 
     @property
     def experiment(self) -> Experiment:
-        """The newest experiment."""
         return self.experiments.document().experiments[-1]
 
     def begin(self, name: str) -> None:

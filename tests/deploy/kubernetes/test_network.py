@@ -29,14 +29,12 @@ Pair = tuple[str, Peer | None, Peer | None, int]
 
 
 def settings_of(overlay: str) -> Settings:
-    """Of the console in an overlay."""
     found = built(f"overlays/{overlay}")
     (sizes,) = (one["data"] for one in of_kind(found, "ConfigMap") if one["metadata"]["name"] == "springtide-sizes")
     return next(box for box in boxes(found) if box.name == "console").settings(sizes)
 
 
 def pods(found: Sequence[Document]) -> dict[str, Peer]:
-    """One pod of each owner."""
     return {box.owner: Peer(box.labels) for box in boxes(found)}
 
 

@@ -129,8 +129,6 @@ def test_wrong_use_is_exit_code_2_and_one_line(
 
 
 class Terminal(io.StringIO):
-    """A terminal that remembers."""
-
     def isatty(self) -> bool:
         return True
 

@@ -33,6 +33,7 @@ from tests.conftest import KafkaFactory
 from tests.deploy.serving.conftest import lowered as lowered
 from tests.deploy.serving.conftest import stores as stores
 from tests.deploy.serving.stocked import NOW_MS, SALT_KEY, Stores
+from tests.microbatches import columns
 
 SALT = Salt(SALT_KEY)
 CLICKS = Source("ee" * 16, 0)
@@ -95,26 +96,17 @@ class KeptHost:
         """Writes clicks (user, category) of now to the training log, and lets the histories follow."""
         first, rows = self._clicked, len(clicks)
         self._clicked += rows
-        columns = {
-            "user": np.array([of(user) for user, _ in clicks], np.uint64),
-            "item": np.full(rows, public_id("i1"), np.uint64),
-            "category": np.array([public_id(category) for _, category in clicks], np.uint64),
-            "action": np.zeros(rows, np.uint8),
-            "at_ms": np.full(rows, self.now_ms),
-            "label": np.full(rows, np.nan, np.float32),
-            "weight": np.ones(rows, np.float32),
-            "source": np.zeros(rows, np.uint16),
-            "offset": np.arange(first, first + rows),
-            "context": np.zeros((rows, 0), np.uint64),
-            "features": np.zeros((rows, 2), np.uint16),
-            "recent_categories": np.zeros((rows, 2), np.uint64),
-            "category_windows": np.zeros((rows, 2, 3), np.uint16),
-            "user_attributes": np.empty((rows, 0), np.uint64),
-            "item_attributes": np.empty((rows, 0), np.uint64),
-        }
+        made = columns(
+            rows,
+            user=[of(user) for user, _ in clicks],
+            item=np.full(rows, public_id("i1"), np.uint64),
+            category=np.array([public_id(category) for _, category in clicks], np.uint64),
+            at_ms=np.full(rows, self.now_ms),
+            offset=np.arange(first, first + rows),
+        )
         header = Header("spec", SALT.fingerprint, (Range(CLICKS, first, first + rows, rows=rows),), self.now_ms)
         with Writer(self.settings.kafka) as writer:
-            writer.send(self.settings.kafka.microbatches_topic, 0, None, encode(header, columns))
+            writer.send(self.settings.kafka.microbatches_topic, 0, None, encode(header, made))
             writer.flush()
         taken = 0
         while not taken:

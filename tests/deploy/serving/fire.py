@@ -100,13 +100,11 @@ class Trainer:
         lines: The models.
         made: By version, which line and which number of its own it has.
         dim: Width of the rows.
-        others: Rows of other users in each version.
     """
 
     registry: Registry
     lines: list[Line]
     dim: int
-    others: int = 0
     made: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -152,10 +150,6 @@ class Trainer:
             made[f"{table}.ids"] = np.array(ids, np.uint64)
             made[f"{table}.rows"] = np.stack([self._row(table, name, seed) for name in names])
             made[f"{table}.removed"] = np.empty(0, np.uint64)
-        if self.others:
-            others = np.full((self.others, self.dim), seed * _RATIO, np.float32)
-            made["user.ids"] = np.concatenate([made["user.ids"], np.arange(1, self.others + 1, dtype=np.uint64)])
-            made["user.rows"] = np.concatenate([made["user.rows"], others])
         made["popular"] = np.array([public_id(name) for name in POPULAR], np.uint64)
         return made | self.lines[line].probe()
 
@@ -246,7 +240,7 @@ class HostWriter:
 
     def click(self, user: str, category: str, age_ms: int) -> None:
         """One more event of a user."""
-        events = event_of(len(self.events[user]), category, age_ms)
+        events = clicks([(category, "i1", age_ms)], first_offset=len(self.events[user]))
         self.histories.commit(Appends.of(np.array([user_id(Salt(SALT_KEY), user)], np.uint64), events))
         self.events[user] = np.concatenate([self.events[user], events])
 
@@ -258,30 +252,17 @@ class HostWriter:
             self.histories.close()
 
 
-def event_of(place: int, category: str, age_ms: int) -> Any:
-    """A user's event, `[1]` EVENT."""
-    return clicks([(category, "i1", age_ms)], first_offset=place)
-
-
-def events_of(made: Iterable[tuple[str, str, int]]) -> dict[str, Any]:
-    """All events of each user, of clicks as `HostWriter.click` takes them."""
-    found = {user: clicks([]) for user in USERS}
-    for user, category, age_ms in made:
-        found[user] = np.concatenate([found[user], event_of(len(found[user]), category, age_ms)])
-    return found
-
-
 @dataclass
 class Asked:
     """What came of asking.
 
     Attributes:
-        waited_s: Of each answer, from the moment it was due to be asked.
+        count: Of answers.
         failed: Requests not answered with 200, by what came.
         checked: Bodies of those asked with `CHECKED`.
     """
 
-    waited_s: list[float] = field(default_factory=list)
+    count: int = 0
     failed: Counter[str] = field(default_factory=Counter)
     checked: list[bytes] = field(default_factory=list)
 
@@ -295,22 +276,28 @@ class Asked:
         return list(found.values())
 
 
-async def ask(port: int, rate: float, ended: Callable[[], bool], asked: Asked) -> None:
-    """Asks for profiles so many times a second until it is to end; when one is due does not depend on the answers.
+class Fire(threading.Thread):
+    """Asks for profiles `rate` times a second in a thread of its own while it is open; the answers do not delay it."""
 
-    Args:
-        port: Of a worker on this machine.
-        rate: Requests a second.
-        ended: Whether to end.
-        asked: Is filled.
-    """
-    begun_s, numbers = time.perf_counter(), itertools.count()
+    def __init__(self, port: int, rate: float) -> None:
+        super().__init__(daemon=True)
+        self._port, self._rate, self._ended, self.asked = port, rate, threading.Event(), Asked()
+        self._numbers = itertools.count()
 
-    async def on_one_connection() -> None:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        while not ended():
-            number = next(numbers)
-            due_s = begun_s + number / rate
+    def run(self) -> None:
+        asyncio.run(self._ask())
+
+    async def _ask(self) -> None:
+        begun_s = time.perf_counter()
+        connections = (self._on_one_connection(begun_s) for _ in range(CONNECTIONS))
+        results = await asyncio.gather(*connections, return_exceptions=True)
+        self.asked.failed.update(repr(one) for one in results if one is not None)
+
+    async def _on_one_connection(self, begun_s: float) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
+        while not self._ended.is_set():
+            number = next(self._numbers)
+            due_s = begun_s + number / self._rate
             if (early_s := due_s - time.perf_counter()) > 0:
                 await asyncio.sleep(early_s)
             user, fields = USERS[number % len(USERS)], "" if number % CHECKED_EACH else CHECKED
@@ -318,26 +305,12 @@ async def ask(port: int, rate: float, ended: Callable[[], bool], asked: Asked) -
             head = await reader.readuntil(b"\r\n\r\n")
             length = int(head.lower().partition(b"content-length:")[2].partition(b"\r\n")[0])
             body = await reader.readexactly(length)
-            asked.waited_s.append(time.perf_counter() - due_s)
+            self.asked.count += 1
             if not head.startswith(b"HTTP/1.1 200"):
-                asked.failed[f"{head[:20]!r} {body[:200]!r}"] += 1
+                self.asked.failed[f"{head[:20]!r} {body[:200]!r}"] += 1
             elif fields:
-                asked.checked.append(body)
+                self.asked.checked.append(body)
         writer.close()
-
-    results = await asyncio.gather(*(on_one_connection() for _ in range(CONNECTIONS)), return_exceptions=True)
-    asked.failed.update(repr(one) for one in results if one is not None)
-
-
-class Fire(threading.Thread):
-    """Asks in a thread of its own while it is open."""
-
-    def __init__(self, port: int, rate: float) -> None:
-        super().__init__(daemon=True)
-        self._port, self._rate, self._ended, self.asked = port, rate, threading.Event(), Asked()
-
-    def run(self) -> None:
-        asyncio.run(ask(self._port, self._rate, self._ended.is_set, self.asked))
 
     def __enter__(self) -> Asked:
         self.start()

@@ -47,7 +47,6 @@ class Lowered:
 
 
 def small(settings: Settings) -> Settings:
-    """The settings with a small model."""
     return replace(settings, model=replace(settings.model, dim=DIM, hidden=(16, 12), popular=4))
 
 

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors.numpy import save
@@ -27,61 +29,44 @@ from tests.state.registry.hosts import Origin, away
 BY = {"actor": "ann", "reason": "a test", "now_ms": 1}
 
 
-def test_an_applier_waits_for_a_registry_that_cannot_be_read(tmp_path: Path) -> None:
-    """It says so once, goes on with what it has, and follows as soon as the registry is there."""
-    environment = os.environ | {
-        "SPRINGTIDE_PATHS_STATE": str(tmp_path / "state"), "SPRINGTIDE_PATHS_REGISTRY": str(tmp_path / "registry"),
-        "SPRINGTIDE_KAFKA_BOOTSTRAP_SERVERS": "127.0.0.1:9", "SPRINGTIDE_SERVING_METRICS_PORT": "0",
-        "SPRINGTIDE_KAFKA_REQUEST_TIMEOUT_S": "1",
+APPLIER = [sys.executable, "-m", "deploy.serving.applier"]
+
+
+def environment(**paths: Path) -> dict[str, str]:
+    """Of an applier that reaches no broker."""
+    own = {
+        "SPRINGTIDE_KAFKA_BOOTSTRAP_SERVERS": "127.0.0.1:9", "SPRINGTIDE_KAFKA_REQUEST_TIMEOUT_S": "1",
+        "SPRINGTIDE_SERVING_METRICS_PORT": "0",
     }  # fmt: skip
+    return os.environ | own | {f"SPRINGTIDE_PATHS_{name.upper()}": str(path) for name, path in paths.items()}
+
+
+@contextmanager
+def applier(log: Path, **paths: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """The process, killed where it did not end."""
+    with log.open("w") as errors, forked.Popen(APPLIER, env=environment(**paths), stderr=errors) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_the_process_waits_for_a_registry_applies_without_kafka_and_stops_in_order(tmp_path: Path) -> None:
+    """It reports an unreadable registry once and follows when it is there. A second applier is refused; SIGTERM ends it with 0."""
+    paths, log = {"state": tmp_path / "state", "registry": tmp_path / "registry"}, tmp_path / "log"
     # No directory, so that nobody may list it, root neither.
-    (tmp_path / "registry").write_text("")
-    log = tmp_path / "log"
-    with log.open("w") as errors:
-        process = forked.Popen([sys.executable, "-m", "deploy.serving.applier"], env=environment, stderr=errors)
-    try:
+    paths["registry"].write_text("")
+    rows = tmp_path / "state" / "serving" / ROWS
+    with applier(log, **paths) as process:
         until(lambda: "the registry cannot be followed" in log.read_text())
         registry = Registry(tmp_path / "later")
         registry.propose(start(**BY))
         draft = Draft("base", 1, None, LogRange(), (), 1, 1, 5, 4, "spec", registry.specs.add_program(b"p"), "salt")
-        registry.publish(draft, {SERVING: save(tensors({1: 1.0}))})
-        exchange(registry.path, tmp_path / "registry")
-        reader = RowStore(tmp_path / "state" / "serving" / ROWS, 1 << 30, readonly=True)
-
-        def serves() -> bool:
-            with reader.reader() as read:
-                return read.served() is not None
-
-        until(serves)
-        reader.close()
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=30) == 0
-    finally:
-        process.kill()
-        process.wait()
-    said = log.read_text()
-    assert said.count("the registry cannot be followed") == 1
-    assert "UnusableRegistry" in said or "correct its access rights" in said
-    assert "Traceback" not in said
-
-
-def test_the_process_applies_without_kafka_and_stops_in_order(tmp_path: Path) -> None:
-    """No broker costs the clicks, not the versions; a second applier is refused; SIGTERM ends it with 0."""
-    environment = os.environ | {
-        "SPRINGTIDE_PATHS_STATE": str(tmp_path), "SPRINGTIDE_KAFKA_BOOTSTRAP_SERVERS": "127.0.0.1:9",
-        "SPRINGTIDE_SERVING_METRICS_PORT": "0", "SPRINGTIDE_KAFKA_REQUEST_TIMEOUT_S": "1",
-    }  # fmt: skip
-    registry = Registry(tmp_path / "registry")
-    registry.propose(start(**BY))
-    command = [sys.executable, "-m", "deploy.serving.applier"]
-    process = forked.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-    try:
-        rows = tmp_path / "serving" / ROWS
-        until(lambda: (rows / "mark.json").exists())
-        second = forked.run(command, env=environment, capture_output=True, text=True, timeout=60)
-        assert second.returncode == 1 and "in use by process" in second.stderr
-        draft = Draft("base", 1, None, LogRange(), (), 1, 1, 5, 4, "spec", registry.specs.add_program(b"p"), "salt")
         version = registry.publish(draft, {SERVING: save(tensors({1: 1.0}))}).version
+        exchange(registry.path, paths["registry"])
+        until(lambda: (rows / "mark.json").exists())
+        second = forked.run(APPLIER, env=environment(**paths), capture_output=True, text=True, timeout=60)
+        assert second.returncode == 1 and "in use by process" in second.stderr
         reader = RowStore(rows, 1 << 30, readonly=True)
 
         def served() -> int:
@@ -92,10 +77,11 @@ def test_the_process_applies_without_kafka_and_stops_in_order(tmp_path: Path) ->
         until(lambda: served() == version)
         reader.close()
         process.send_signal(signal.SIGTERM)
-        _, log = process.communicate(timeout=30)
-    finally:
-        process.kill()
-    assert process.returncode == 0, log
+        assert process.wait(timeout=30) == 0
+    said = log.read_text()
+    assert said.count("the registry cannot be followed") == 1
+    assert "UnusableRegistry" in said or "correct its access rights" in said
+    assert "Traceback" not in said
     assert json.loads((rows / "mark.json").read_text())["clean"]
 
 
@@ -103,25 +89,14 @@ def test_a_shared_registry_that_is_unreachable_makes_a_host_old(tmp_path: Path) 
     """Its own copy can be read all the while; what is noted for readiness is when the place was reached last."""
     place = tmp_path / "place"
     Origin(tmp_path / "trainer", str(place))
-    environment = os.environ | {
-        "SPRINGTIDE_PATHS_STATE": str(tmp_path / "host"), "SPRINGTIDE_PATHS_SHARED_REGISTRY": str(place),
-        "SPRINGTIDE_KAFKA_BOOTSTRAP_SERVERS": "127.0.0.1:9", "SPRINGTIDE_SERVING_METRICS_PORT": "0",
-        "SPRINGTIDE_KAFKA_REQUEST_TIMEOUT_S": "1",
-    }  # fmt: skip
     noted = tmp_path / "host" / "serving" / f"{CURRENT}.{VERSIONS}"
 
     def age_s() -> float:
         return time.time() - noted.stat().st_mtime
 
-    process = forked.Popen(
-        [sys.executable, "-m", "deploy.serving.applier"], env=environment, stderr=subprocess.PIPE, text=True
-    )
-    try:
+    with applier(tmp_path / "log", state=tmp_path / "host", shared_registry=place) as process:
         until(lambda: noted.exists() and age_s() < 1.5)
         with away(place):
             until(lambda: age_s() > 3.0)
         until(lambda: age_s() < 1.5)
         assert process.poll() is None
-    finally:
-        process.kill()
-        process.communicate()

@@ -92,7 +92,6 @@ class World:
     def publish_recent(self, changes: dict[int, float], removed: tuple[int, ...] = (), durable: bool = False) -> int:
         """A version over the one before it of either lifetime; with `durable` also one over the last durable one."""
         control = self.registry.control()
-        assert control is not None
         last, before = self.registry.newest(control.epoch) or control.base, self.registry.latest(control.epoch)
         assert last is not None
         parent = last if before is None else before.version

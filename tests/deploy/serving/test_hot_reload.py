@@ -79,8 +79,8 @@ def test_forty_versions_are_swapped_without_an_error_or_a_mixed_answer(
                 assert host.settle() == version
                 if swap % 2 == 0:
                     host.click("ann", CATEGORIES[swap // 2 % len(CATEGORIES)], 60_000 - swap)
-                wanted = len(asked.waited_s) + ANSWERS_EACH
-                until(lambda wanted=wanted: len(asked.waited_s) >= wanted, 90.0)  # type: ignore[misc]
+                wanted = asked.count + ANSWERS_EACH
+                until(lambda wanted=wanted: asked.count >= wanted, 90.0)  # type: ignore[misc]
                 if swap in (NEW_PROGRAM_AT + WARM, SWAPS - 1):
                     grown.append(of_process.memory_info().rss)
         assert answers(port, "/readyz")

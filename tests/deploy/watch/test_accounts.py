@@ -27,6 +27,7 @@ from state.registry.manifest import Draft, LogRange, Manifest
 from state.registry.registry import Registry
 from tests.conftest import KafkaFactory
 from tests.deploy.test_status import settings_of
+from tests.microbatches import columns
 
 CLICKS = Source("ab" * 16, 0)
 COUNTS = {"first": 0, "next": 30, "rows": 28, "dead": 1, "filtered": 0, "absent": 1}
@@ -36,22 +37,8 @@ def batch(source: Source, first: int, rows: int, dead: int = 0) -> MicroBatch:
     """A micro-batch of `rows` rows and `dead` dead offsets behind them."""
     offset = np.arange(first, first + rows, dtype=np.int64)
     part = Range(source, first, first + rows + dead, rows=rows, dead=dead)
-    return MicroBatch(
-        Header("spec", "salt", (part,), 0),
-        user=offset.astype(np.uint64),
-        item=offset.astype(np.uint64),
-        category=offset.astype(np.uint64),
-        action=np.zeros(rows, np.uint8),
-        at_ms=offset,
-        label=np.full(rows, np.nan, np.float32),
-        weight=np.ones(rows, np.float32),
-        source=np.zeros(rows, np.uint16),
-        offset=offset,
-        context=np.zeros((rows, 0), np.uint64),
-        features=np.zeros((rows, 2), np.uint16),
-        recent_categories=np.zeros((rows, 1), np.uint64),
-        category_windows=np.zeros((rows, 1, 1), np.uint16),
-    )
+    made = columns(rows, user=offset, item=offset, category=offset, at_ms=offset, offset=offset)
+    return MicroBatch(Header("spec", "salt", (part,), 0), **made)
 
 
 def draft(log: LogRange, marks: dict[Source, int], **account: int) -> Draft:

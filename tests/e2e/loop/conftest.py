@@ -93,7 +93,6 @@ def pytest_runtest_teardown(item: pytest.Function, nextitem: pytest.Item | None)
 
 
 def end(loop: Loop) -> None:
-    """Stops all of it."""
     if loop.running:
         left = loop.processes()
         loop.stop(signal.SIGTERM)

@@ -48,7 +48,6 @@ def lose(loop: Loop, with_kafka: bool = False) -> dict[str, bytes]:
 
 
 def same_versions(loop: Loop, lost: dict[str, bytes], version: int) -> None:
-    """What was restored is what was there."""
     registry = Registry(loop.settings.registry_dir)
     assert registry.versions()[-1] == version
     for folder in ("versions", "merged", "bases"):

@@ -20,13 +20,12 @@ def served(loop: Loop) -> tuple[int, int]:
 
 @pytest.fixture(autouse=True)
 def following(loop: Loop) -> None:
-    """Begins from a loop that follows."""
     loop.springtide("follow", "--reason", "a test begins")
 
 
 def test_under_load_no_request_fails_none_mixes_versions_and_the_pin_outlives_the_worker(loop: Loop) -> None:
     users = [f"shopper-{number}" for number in range(200)]
-    clients = [Client(serving_address(loop.settings), users, every_s=0.01) for _ in range(4)]
+    clients = [Client(serving_address(loop.settings), users, every_s=0.03) for _ in range(4)]
     for client in clients:
         client.start()
     try:

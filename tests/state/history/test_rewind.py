@@ -20,6 +20,7 @@ from state.positions import Range, Source
 from state.process import killpoints
 from state.registry.log_line import WHOLE, LogLine, has, turned
 from tests.memory_log import MemoryLog
+from tests.microbatches import columns
 
 LOG = "microbatches"
 TOPIC = "ab" * 16
@@ -73,25 +74,17 @@ class Writer:
     def _columns(self, made: list[tuple[int, int, int, int, int]]) -> dict[str, Any]:
         table = np.array(made, np.int64).reshape(-1, 5)
         rows = len(table)
-        return {
-            "user": table[:, 1].astype(np.uint64),
-            "item": table[:, 2].astype(np.uint64),
-            "category": np.full(rows, 3, np.uint64),
-            "action": np.zeros(rows, np.uint8),
-            "at_ms": 1000 * table[:, 2] + 1_000_000,
-            "label": np.full(rows, np.nan, np.float32),
-            "weight": np.ones(rows, np.float32),
-            "source": table[:, 0].astype(np.uint16),
-            "offset": table[:, 2].copy(),
-            "context": np.empty((rows, 0), np.uint64),
-            "features": np.zeros((rows, 2), np.uint16),
-            "recent_categories": np.zeros((rows, 1), np.uint64),
-            "category_windows": np.zeros((rows, 1, 1), np.uint16),
-            "kind": table[:, 3].astype(np.uint8),
-            "waited": table[:, 4].copy(),
-            "delay_ms": np.zeros(rows, np.int64),
-            "request": np.zeros(rows, np.uint64),
-        }
+        return columns(
+            rows,
+            user=table[:, 1],
+            item=table[:, 2],
+            category=np.full(rows, 3),
+            at_ms=1000 * table[:, 2] + 1_000_000,
+            source=table[:, 0],
+            offset=table[:, 2].copy(),
+            kind=table[:, 3],
+            waited=table[:, 4].copy(),
+        )
 
     def write(self, value: bytes) -> None:
         with self.log.writer("stream") as writer, writer.transaction():
@@ -235,7 +228,6 @@ def test_users_who_were_taken_out_since_are_rebuilt_from_the_log(tmp_path: Path)
     # They click on before anybody goes back.
     play(1)
     found = writer.back(turned(WHOLE, 1, place, writer.end(), tuple(marks.items())))
-    assert found is not None
     assert found.rebuilt > 10
     assert {user: writer.store.read(user).tolist() for user in clicked} == {user: then[user] for user in clicked}
 

@@ -127,7 +127,6 @@ class Origin:
         return made
 
     def send(self) -> None:
-        """All that there is."""
         self.recent.send()
         while self.durable.send():
             pass

@@ -72,19 +72,19 @@ def strike() -> None:
     raise Dead
 
 
-def published(origin: Origin) -> None:
+def publish_and_send(origin: Origin) -> None:
     """A base, two deltas, and recent versions between and beyond."""
     first = origin.publish(None)
     second = origin.publish_recent(first.version)
     third = origin.publish_recent(second.version, durable_after=first.version)
     origin.publish_recent(third.version)
+    origin.send()
 
 
 def test_a_host_has_what_the_trainer_published_and_files_come_when_they_are_read(
     origin: Origin, host: CopyHost
 ) -> None:
-    published(origin)
-    origin.send()
+    publish_and_send(origin)
     host.look()
     own, theirs = host.registry, origin.registry
     assert (own.versions(), own.recents(), own.control()) == (theirs.versions(), theirs.recents(), theirs.control())
@@ -98,8 +98,7 @@ def test_a_host_has_what_the_trainer_published_and_files_come_when_they_are_read
 
 def up_to_date(origin: Origin, url: str, tmp_path: Path) -> tuple[CopyHost, Link]:
     """A host that has what an origin has published, and its link to the place."""
-    published(origin)
-    origin.send()
+    publish_and_send(origin)
     link = Link(open_store(url))
     host = CopyHost(tmp_path / "host", url, link)
     host.look()
@@ -168,8 +167,7 @@ def test_over_a_link_that_carries_less_than_comes_a_host_takes_durable_versions_
 
 
 def test_a_host_that_was_away_finds_what_came_and_what_went(origin: Origin, host: CopyHost) -> None:
-    published(origin)
-    origin.send()
+    publish_and_send(origin)
     host.look()
     assert host.content()
     newest = 3
@@ -195,8 +193,7 @@ def test_a_host_that_was_away_finds_what_came_and_what_went(origin: Origin, host
 def test_a_sender_that_is_killed_anywhere_leaves_only_whole_versions(
     origin: Origin, host: CopyHost, point: str, passed: int
 ) -> None:
-    published(origin)
-    origin.send()
+    publish_and_send(origin)
     newest = origin.publish(3).version
     origin.publish_recent(newest)
     origin.registry.remove_delta(3)
@@ -225,7 +222,7 @@ def test_a_sender_that_is_killed_anywhere_leaves_only_whole_versions(
 @pytest.mark.usefixtures("armed")
 @pytest.mark.parametrize("point", POINTS_OF_COPIER)
 def test_a_copier_that_is_killed_anywhere_goes_on(origin: Origin, host: CopyHost, point: str) -> None:
-    published(origin)
+    publish_and_send(origin)
     origin.registry.propose(pin(origin.registry.control() or start(**WHO), 1, **WHO))
     origin.registry.generations.add_outcome(1, "planned", {"a": 1})
     exchange_small(origin.registry, origin.place)
@@ -252,8 +249,7 @@ def test_while_the_place_is_away_the_trainer_publishes_and_all_of_it_goes_later(
         return links[-1]
 
     origin = Origin(tmp_path / "trainer", url, cut)
-    published(origin)
-    origin.send()
+    publish_and_send(origin)
     for after in range(6):
         links[0].cut_after = after
         newest = origin.publish(origin.registry.versions()[-1]).version
@@ -285,8 +281,7 @@ def test_a_host_without_the_store_keeps_what_it_has_and_its_operator_changes_not
 
 
 def test_a_torn_file_there_is_refused_and_read_once_it_is_whole(origin: Origin, host: CopyHost) -> None:
-    published(origin)
-    origin.send()
+    publish_and_send(origin)
     whole = origin.place.read("versions/000000000003/serving.safetensors")
     for torn in (b"", whole[:-1], bytes([whole[0] ^ 1]) + whole[1:]):
         origin.place.write("versions/000000000003/serving.safetensors", torn)
@@ -302,8 +297,7 @@ def test_a_torn_file_there_is_refused_and_read_once_it_is_whole(origin: Origin, 
 
 
 def test_a_torn_pack_is_refused_and_durable_versions_lead_past_it(origin: Origin, host: CopyHost) -> None:
-    published(origin)
-    origin.send()
+    publish_and_send(origin)
     (name,) = origin.place.names("recent")
     origin.place.write(f"recent/{name}", origin.place.read(f"recent/{name}")[:-1])
     with pytest.raises(CorruptVersion, match="fails its digest"):
@@ -317,8 +311,7 @@ def test_a_torn_pack_is_refused_and_durable_versions_lead_past_it(origin: Origin
 
 
 def test_a_part_that_was_rewritten_reaches_a_host_that_had_it(origin: Origin, host: CopyHost) -> None:
-    published(origin)
-    origin.send()
+    publish_and_send(origin)
     host.look()
     assert host.content()
     stale = Registry(host.registry.path)
@@ -432,8 +425,7 @@ def test_what_is_small_goes_both_ways(origin: Origin, host: CopyHost) -> None:
 
 
 def test_recent_versions_leave_a_host_and_packs_leave_the_place(origin: Origin, host: CopyHost) -> None:
-    published(origin)
-    origin.send()
+    publish_and_send(origin)
     host.look()
     assert host.registry.recents() == (2, 3, 4)
     origin.elapsed.now_s += KEPT_PACKS_S + 1
@@ -445,9 +437,10 @@ def test_recent_versions_leave_a_host_and_packs_leave_the_place(origin: Origin, 
     assert origin.place.names("recent") == [f"{last:012d}"]
 
 
-def test_another_hosts_trainer_goes_on_and_the_first_one_ends(origin: Origin, url: str, tmp_path: Path) -> None:
-    published(origin)
-    origin.send()
+def test_another_hosts_trainer_goes_on_and_the_first_one_ends(
+    origin: Origin, host: CopyHost, url: str, tmp_path: Path
+) -> None:
+    publish_and_send(origin)
     second = Origin(tmp_path / "second", url)
     assert second.registry.versions() == [1, 3]
     assert second.registry.newest_good(1) == 3
@@ -460,7 +453,6 @@ def test_another_hosts_trainer_goes_on_and_the_first_one_ends(origin: Origin, ur
         with pytest.raises(LockHeld, match="has another trainer"):
             send()
     second.send()
-    host = CopyHost(tmp_path / "host", url, open_store(url))
     host.look()
     assert host.registry.versions() == [1, 3, made.version]
     # Started again, the first host lacks what it did not send, and is the next to claim the versions.
@@ -492,7 +484,9 @@ def test_a_claim_is_free_once_it_is_released_or_not_renewed(url: str) -> None:
     assert holder(store, 2, silence) == ""
 
 
-def test_a_trainer_that_is_frozen_before_its_request_replaces_no_catalogue(url: str, tmp_path: Path) -> None:
+def test_a_trainer_that_is_frozen_before_its_request_replaces_no_catalogue(
+    host: CopyHost, url: str, tmp_path: Path
+) -> None:
     links: list[Link] = []
 
     def linked(store: FileStore) -> Link:
@@ -500,8 +494,7 @@ def test_a_trainer_that_is_frozen_before_its_request_replaces_no_catalogue(url: 
         return links[0]
 
     origin = Origin(tmp_path / "trainer", url, linked)
-    published(origin)
-    origin.send()
+    publish_and_send(origin)
     takers: list[Origin] = []
 
     def freeze() -> None:
@@ -512,13 +505,12 @@ def test_a_trainer_that_is_frozen_before_its_request_replaces_no_catalogue(url: 
     origin.publish(3)
     with pytest.raises(LockHeld, match="has another trainer"):
         origin.durable.send()
-    host = CopyHost(tmp_path / "host", url, open_store(url))
     host.look()
     assert takers and host.registry.versions() == [1, 3]
 
 
 def test_a_trainer_that_is_frozen_before_its_request_creates_no_control(
-    origin: Origin, url: str, tmp_path: Path
+    origin: Origin, host: CopyHost, url: str, tmp_path: Path
 ) -> None:
     link, held = Link(origin.place), Claim(origin.registry.path)
     held.take()
@@ -535,27 +527,23 @@ def test_a_trainer_that_is_frozen_before_its_request_creates_no_control(
     with pytest.raises(LockHeld, match="has another trainer"):
         frozen.change(lambda now: train(now, False, **WHO))
     held.release()
-    host = CopyHost(tmp_path / "host", url, open_store(url))
     host.look()
     assert [one.action for one in host.registry.controls()] == ["start", "take over"]
 
 
 def test_a_trainer_that_starts_again_goes_on_under_its_claim(origin: Origin, url: str) -> None:
-    published(origin)
-    origin.send()
+    publish_and_send(origin)
     again = Origin(origin.registry.path, url)
     assert (again.claim, again.registry.next_number()) == (origin.claim, 5)
     again.send()
 
 
-def test_a_registry_that_was_alone_is_given_to_an_empty_place(tmp_path: Path, url: str) -> None:
+def test_a_registry_that_was_alone_is_given_to_an_empty_place(host: CopyHost, tmp_path: Path, url: str) -> None:
     alone = Registry(tmp_path / "trainer")
     alone.propose(start(**WHO))
     alone.change(lambda now: erase(now, MaskedUsers.of([7]), [(42, 0, 100)], **WHO))
     origin = Origin(alone.path, url)
-    published(origin)
-    origin.send()
-    host = CopyHost(tmp_path / "host", url, open_store(url))
+    publish_and_send(origin)
     host.look()
     assert host.registry.controls() == alone.controls()
     assert host.content() == {

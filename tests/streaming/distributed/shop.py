@@ -52,7 +52,6 @@ class Click(NamedTuple):
 
     @property
     def value(self) -> bytes | None:
-        """As Kafka has it."""
         if self.action < 0:
             return None if self.action == -2 else b"{no json"
         fields = {

@@ -171,7 +171,6 @@ def leavers(count: int, days: int, seed: int = 3) -> Leavers:
 
 
 def batches(clicks: Recorded, spec: FeatureSpec, rows: int = 256) -> Iterator[MicroBatch]:
-    """The micro-batches of clicks."""
     return micro_batches(clicks, spec, WEIGHTS, step_rows=rows)
 
 
@@ -186,7 +185,6 @@ def taken(learner: ChurnLearner, log: Iterator[MicroBatch]) -> Iterator[tuple[Kn
 
 
 def joined(parts: Iterator[tuple[KnownExamples, F64]]) -> tuple[KnownExamples, F64]:
-    """All of it."""
     found = list(parts)
     columns = (np.concatenate([getattr(known, name) for known, _ in found]) for name in KnownExamples._fields)
     return KnownExamples(*columns), np.concatenate([told for _, told in found])

@@ -1,4 +1,4 @@
-"""What `recommend` ranks by is a function of the log: counts, weights, restart, erasure, and what is learned from them."""
+"""Counts of items and of interests: rankings and corrections that follow the log, whatever its cut and restarts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from state.config.settings import Settings
 from state.features.spec import EVENT, FeatureSpec
 from state.microbatch.batch import MicroBatch
 from state.ranking import item_scores
-from state.ranking.item_lists import CLICKED, EVERYTHING, FOLLOWED, LIVES, VISITED
+from state.ranking.item_lists import CLICKED, EVERYTHING, FOLLOWED, LIVES, NEXT_CATEGORY, VISITED
 from state.ranking.item_scores import (
     ALL,
     COLUMNS,
@@ -26,8 +26,11 @@ from state.ranking.item_scores import (
 )
 from tests.bench.recorded import SOURCE, micro_batches, plain
 from trainer.engine.engine import Scores
+from trainer.engine.interest_counts import InterestCounts
 from trainer.engine.item_ranking import ItemRanking
+from trainer.engine.step import Trainer
 from trainer.tables.changes import Changes
+from trainer.versions import checkpoint, content
 
 ROWS = 256
 CATEGORIES = np.arange(101, 109, dtype=np.uint64)
@@ -211,3 +214,95 @@ def test_an_item_outside_of_the_likeliest_categories_has_the_rest_of_their_proba
     assert 0 < likely.sum() < found
     np.testing.assert_allclose(shares[INTERESTS_AT][:, ~likely], 0.4 * shares[EVERYTHING_AT][:, ~likely], rtol=1e-3)
     assert (shares[INTERESTS_AT][:, likely] > 0.4 * shares[EVERYTHING_AT][:, likely]).all()
+
+
+SPEC = FeatureSpec()
+RECORD_ROWS, MANY = 128, 60
+
+
+def with_interests(interests: str = "counts") -> Settings:
+    made = Settings()
+    return replace(made, trainer=replace(made.trainer, device="cpu", interests=interests))
+
+
+def clicks_on_the_popular(records: int, size: int = RECORD_ROWS, seed: int = 5) -> Iterator[MicroBatch]:
+    """Clicks on the five categories that are popular now; every 40 minutes others are."""
+    chance, rows = np.random.default_rng(seed), records * RECORD_ROWS
+    events = np.zeros(rows, EVENT)
+    events["at_ms"], events["offset"] = 1_800_000_000_000 + np.arange(rows) * 10_000, np.arange(rows)
+    events["topic"] = SOURCE.topic
+    now = np.random.default_rng(seed + 1).permuted(np.tile(np.arange(MANY), (rows, 1))[::240], axis=1)
+    category = now[np.arange(rows) // 240, chance.integers(0, 5, rows)]
+    events["category"], events["item"] = 1000 + category, 5000 + 10 * category + chance.integers(0, 4, rows)
+    users = chance.integers(1, 80, rows).astype(np.uint64)
+    yield from micro_batches(plain(users, events), SPEC, (1.0,) * 4, size)
+
+
+def trained(records: int, interests: str = "counts", size: int = RECORD_ROWS) -> Trainer:
+    trainer = Trainer(with_interests(interests), SPEC)
+    for batch in clicks_on_the_popular(records, size):
+        trainer.step(batch)
+    return trainer
+
+
+def known_top5(trainer: Trainer) -> float:
+    return trainer.measures.progressive.values()["total.known.top5"]
+
+
+def test_interests_follow_what_is_clicked_now() -> None:
+    alone, counted = (known_top5(trained(30, interests)) for interests in ("model", "counts"))
+    assert counted > alone + 0.05
+
+
+def test_a_restart_changes_no_bit_and_the_cut_of_the_log_no_count() -> None:
+    whole, other = trained(4), Trainer(with_interests(), SPEC)
+    for number, batch in enumerate(clicks_on_the_popular(4)):
+        if number == 2:
+            tensors, other = checkpoint.full(other), Trainer(with_interests(), SPEC)
+            checkpoint.load(other, tensors)
+        other.step(batch)
+    assert content.digest(checkpoint.full(other)) == content.digest(checkpoint.full(whole))
+    cut = trained(4, size=100)
+    assert cut.tables[NEXT_CATEGORY].digest() == whole.tables[NEXT_CATEGORY].digest()
+
+
+def test_the_model_itself_learns_the_same_as_without_the_correction() -> None:
+    counted, alone = trained(4), trained(4, "model")
+    for name, weight in alone.model.weights().items():
+        assert counted.model.weights()[name].tobytes() == weight.tobytes()
+    assert all(counted.tables[name].digest() == table.digest() for name, table in alone.tables.items())
+
+
+def test_a_score_has_the_correction_of_the_next_step() -> None:
+    trainer = trained(6)
+    *_, batch = clicks_on_the_popular(7)
+    first = batch.rows(slice(0, 1))
+    scored = trainer.score(first)
+    corrected: list[np.ndarray] = []
+    learn = trainer.interest_counts.learn
+
+    def kept(*given: object) -> object:
+        updates = learn(*given)
+        corrected.append(updates[0].scores.popular_logits)
+        return updates
+
+    trainer.interest_counts.learn = kept
+    trainer.step(first)
+    np.testing.assert_allclose(scored["popular_logits"], corrected[0], rtol=1e-5, atol=1e-5)
+
+
+def test_impressions_without_a_click_are_neither_counted_nor_learned() -> None:
+    trainer = Trainer(with_interests(), SPEC)
+    for batch in clicks_on_the_popular(2):
+        trainer.step(replace(batch, label=np.zeros(len(batch), np.float32)))
+    assert trainer.interest_counts is not None and not trainer.interest_counts.learned
+    table = trainer.tables[NEXT_CATEGORY]
+    assert not {*table.known().tolist()} - {*EVERYTHING.tolist()}
+
+
+@pytest.mark.parametrize("off", ["model", "private"])
+def test_without_the_setting_or_with_a_privacy_budget_there_are_no_lists(off: str) -> None:
+    made = with_interests("model" if off == "model" else "counts")
+    if off == "private":
+        made = replace(made, privacy=replace(made.privacy, epsilon=1.0))
+    assert InterestCounts.of(made, SPEC) is None

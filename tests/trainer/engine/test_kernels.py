@@ -1,11 +1,13 @@
-"""Kernels of the trainer: a step compiles none, and blocks do not depend on what else the process has loaded."""
+"""The compiled step: kernels are compiled before, memory does not grow, and threads end together."""
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import logging
 import subprocess
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -13,10 +15,12 @@ from prometheus_client import CollectorRegistry
 
 from state.compiled import FIRST_CALLS
 from state.compiled.preparing import Kernels
+from state.config.settings import Settings
 from state.microbatch.batch import MicroBatch
 from state.microbatch.codec import decode, encode
 from tests.trainer.batches import SPEC, START_MS, micro_batch
 from tests.trainer.engine.test_step import settings
+from trainer.engine.compiled.threads import Threads, meet
 from trainer.engine.compiled.tower import rows_of_block
 from trainer.engine.step import Trainer
 
@@ -42,6 +46,8 @@ def test_a_step_compiles_no_kernel(labelled: bool) -> None:
 
 
 BLOCKS = "from trainer.engine.compiled.tower import rows_of_block; "
+
+
 BLOCKS += "print([rows_of_block(weights) for weights in (1_000, 100_000)])"
 
 
@@ -49,3 +55,86 @@ def test_blocks_are_the_same_whatever_else_the_process_has_loaded() -> None:
     line = [sys.executable, "-c", f"import faiss; {BLOCKS}"]
     there = subprocess.run(line, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
     assert there == f"{[rows_of_block(weights) for weights in (1_000, 100_000)]}"
+
+
+SIZES = range(100, 300)
+
+
+class MallocInfo(ctypes.Structure):
+    """glibc's `struct mallinfo2`."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in [
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        ]
+    ]
+
+
+def used_bytes() -> int:
+    """What the process has asked for and not given back, but for large pieces."""
+    ask = ctypes.CDLL(None).mallinfo2
+    ask.restype = MallocInfo
+    return int(ask().uordblks)
+
+
+def test_nothing_is_kept_for_each_number_of_rows() -> None:
+    settings = Settings()
+    trainer = Trainer(dataclasses.replace(settings, trainer=dataclasses.replace(settings.trainer, device="cpu")), SPEC)
+
+    def step(rows: int) -> None:
+        # The same rows each time: all ids have their place.
+        trainer.step(micro_batch(rows, users=50, items=50, categories=8))
+
+    for _ in range(3):
+        step(SIZES[-1] + 1)
+    before = used_bytes()
+    for rows in SIZES:
+        step(rows)
+    assert used_bytes() - before < 15_000 * len(SIZES)
+
+
+COUNT = 3
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("failing", range(COUNT))
+def test_a_failure_on_any_thread_ends_all_and_the_next_run_is_whole(failing: int, stage: int) -> None:
+    threads, begun = Threads(COUNT), list[tuple[int, int]]()
+
+    def noting(number: int) -> Callable[[int], None]:
+        return lambda thread: begun.append((number, thread))
+
+    def fail(thread: int) -> None:
+        if thread == failing:
+            raise KeyboardInterrupt(f"thread {thread}")
+
+    stages = [[noting(number)] for number in range(3)]
+    with pytest.raises(KeyboardInterrupt, match=f"thread {failing}"):
+        threads.run(*stages[:stage], [fail], *stages[stage:])
+    assert sorted(begun) == [(number, thread) for number in range(stage) for thread in range(COUNT)]
+    begun.clear()
+    threads.run(*stages)
+    assert [number for number, _ in begun] == [0] * COUNT + [1] * COUNT + [2] * COUNT
+
+
+@pytest.mark.parametrize("failing", range(COUNT))
+def test_a_failure_releases_the_threads_that_wait_inside_the_stage(failing: int) -> None:
+    progress = np.zeros(1, np.int64)
+
+    def fail_or_wait(thread: int) -> None:
+        if thread == failing:
+            raise ValueError("a record that cannot be learned")
+        meet(progress, 0, COUNT)
+
+    with pytest.raises(ValueError, match="cannot be learned"):
+        Threads(COUNT).run([fail_or_wait], progress=progress)

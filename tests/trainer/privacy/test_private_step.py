@@ -67,7 +67,6 @@ def only(record: Record, rows: np.ndarray, factors: np.ndarray) -> Record:
 
 
 def only_loss(record: Record, loss: str) -> Targets:
-    """The targets of which one loss counts."""
     others = [factor for name, factors in LOSSES.items() if name != loss for factor in factors]
     return record.targets._replace(**{name: np.zeros_like(getattr(record.targets, name)) for name in others})
 

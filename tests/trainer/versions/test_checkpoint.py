@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from state.errors import CorruptVersion, SpecMismatch
@@ -115,7 +115,6 @@ deltas = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(deltas, st.integers(1, 5))
 def test_merging_in_any_grouping_is_replaying_the_deltas(parts: list[dict[str, np.ndarray]], cut: int) -> None:
     rows: dict[int, float] = {}
@@ -195,7 +194,6 @@ def test_one_changed_value_of_a_row_is_named(table: str, field: str, row: int, p
     other[f"{table}.{field}"] = other[f"{table}.{field}"].copy()
     other[f"{table}.{field}"][row, position] = -3.5
     found = first_difference(state(), other)
-    assert found is not None
     assert (found.table, found.field, found.position) == (table, field, position)
     assert found.id == [5, 7, 2**63][row]
     assert found.recomputed == "-3.5"

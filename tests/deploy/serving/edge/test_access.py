@@ -30,7 +30,7 @@ from state.config.settings import Settings
 from state.errors import Forbidden, SettingsError, Unauthorized
 from state.process.ports import free_port
 from tests.deploy.serving.edge.certificates import write_certificate
-from tests.deploy.serving.grpc_api.test_profiles import call, of
+from tests.deploy.serving.grpc_api.test_server import call, of
 from tests.deploy.serving.http_api.test_app import app_of, ask
 from tests.deploy.serving.stocked import Stores
 from tests.deploy.serving.test_rest import until, worker
