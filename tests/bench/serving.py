@@ -29,6 +29,7 @@ from state.process.wall_clock import wall_ms
 from state.registry.manifest import Manifest
 from state.rows.store import RowStore
 from tests.bench.answers.asking import Load, Taken, measure
+from tests.bench.answers.bare import bare
 from tests.bench.answers.peer import export, peer
 from tests.bench.answers.stores import SOURCE, Ids, fill, worker
 from tests.bench.report import Figure, Stages, report
@@ -69,6 +70,12 @@ class Host:
         """Processor time of the worker so far."""
         times = psutil.Process(self.process.pid).cpu_times()
         return float(times.user + times.system)
+
+    def per_cpu_s(self, stage: str) -> float:
+        """Profiles per processor second of the process, in a closed loop."""
+        began_s = self.cpu_s()
+        answers = self.ask(stage, PROFILE, HALF).per_s * self.seconds * HALF
+        return answers / (self.cpu_s() - began_s)
 
 
 class Applying:
@@ -129,6 +136,9 @@ def main(users: int, events: int, rows: int, seconds: float) -> None:
         with worker(folder, port) as (process, ready_s):
             host = Host(port, process, users, seconds)
             figures = measured(host, settings, ids, base)
+        with bare(port) as process:
+            least = Host(port, process, users, seconds)
+            figures["bare ASGI answers per cpu-second"] = Figure(least.per_cpu_s("a bare answer"), "answers/cpu-s")
         with peer(Path(folder, "peer"), port) as process:
             theirs = Host(port, process, users, seconds)
             theirs.ask("warm up the peer", PROFILE, 0.25)
