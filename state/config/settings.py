@@ -136,7 +136,7 @@ class Settings:
         """The value of a dotted name.
 
         >>> Settings().value("stream.cut_rows")
-        2048
+        4096
         """
         section, _, key = name.partition(".")
         return getattr(getattr(self, section), key)
