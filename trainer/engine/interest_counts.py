@@ -49,7 +49,7 @@ from state.ranking.item_lists import (
     count_click,
     prefetch_list,
 )
-from trainer.engine.compiled.rows import exponentials, highest_of
+from trainer.engine.compiled.rows import divide, exponentials, highest_of
 from trainer.engine.engine import Scores
 from trainer.engine.guard import Verdict
 from trainer.engine.online_regression import LEAST_ROWS, OnlineRegression
@@ -271,19 +271,6 @@ def _keys_of_newest_items(users: U64, items: U64, before: U64, places: I32, keys
 
 
 @part_of_sums
-def _write(i: int, scores: F32, logits: Logits) -> None:
-    """Writes the scores of the candidates of row i."""
-    own, ranks = logits.recent.shape[1], logits.popular.shape[1]
-    of_popular, of_successors = scores[own:], scores[own + ranks :]
-    for j in range(own):
-        logits.recent[i, j] = scores[j]
-    for j in range(ranks):
-        logits.popular[i, j] = of_popular[j]
-    for j in range(logits.successor.shape[1]):
-        logits.successor[i, j] = of_successors[j]
-
-
-@part_of_sums
 def _teach(
     target: int,
     phi: F32,
@@ -365,7 +352,7 @@ def _learn_and_count(
         hits = gather(lists, rows, at_s[i], i, work)
         score(weights, phi, i, hits, work)
         if before + learned >= LEAST_ROWS:
-            _write(i, work.scores, logits)
+            divide(work.scores, i, logits.recent, logits.popular, logits.successor)
         if category[i] != np.uint64(0):
             if 0 <= slot[i] < candidates:
                 _teach(slot[i], phi, i, hits, shares, bits, (weights, squares), work)

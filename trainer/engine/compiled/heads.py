@@ -21,7 +21,7 @@ import numpy as np
 from state.compiled import compiled_sums, layout, part_of_sums
 from trainer.engine.adam import FastSlots, move
 from trainer.engine.compiled.arrays import BLOCK, F32, I32, I64, Facts, FastWeights, Gradients, HeadInputs, Workspace
-from trainer.engine.compiled.rows import add, dot, exponentials, highest_of, normaliser_of, rank_of
+from trainer.engine.compiled.rows import add, divide, dot, exponentials, highest_of, normaliser_of, rank_of
 from trainer.engine.compiled.threads import advance, wait_for
 from trainer.engine.compiled.tower import FIRST, HEADS
 from trainer.engine.compiled.window_net import LOGARITHMS, user_hidden_of, window_net, window_net_gradients
@@ -81,18 +81,11 @@ def score_candidates(
 @part_of_sums
 def measure_interest(b: int, facts: Facts, logits: F32, total: np.float32, highest: np.float32, scores: Scores) -> None:
     """Loss and rank of row `b`, and a copy of its logits; `total` is the sum of exp(logit - highest)."""
-    recent_categories, ranks = facts.recent_mask.shape[1], facts.popular_mask.shape[1]
     aim = facts.target[b]
     if aim >= 0:
         scores.interest_loss[b] = np.float32(math.log(total)) + highest - logits[aim]
         scores.rank[b] = rank_of(logits, aim)
-    of_popular, of_successors = logits[recent_categories:], logits[recent_categories + ranks :]
-    for j in range(recent_categories):
-        scores.recent_logits[b, j] = logits[j]
-    for p in range(ranks):
-        scores.popular_logits[b, p] = of_popular[p]
-    for j in range(facts.successor_mask.shape[1]):
-        scores.successor_logits[b, j] = of_successors[j]
+    divide(logits, b, scores.recent_logits, scores.popular_logits, scores.successor_logits)
 
 
 @part_of_sums

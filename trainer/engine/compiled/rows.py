@@ -35,6 +35,18 @@ def add(out: F32, at: int, column: int, factor: np.float32, a: F32, row: int, fi
 
 
 @part_of_sums
+def divide(joined: F32, row: int, recent: F32, popular: F32, successor: F32) -> None:
+    """Copies the numbers of a row's candidates, `[L + P + S]` or more, to `row` of `[B, L]`, `[B, P]` and `[B, S]`."""
+    of_popular, of_successors = joined[recent.shape[1] :], joined[recent.shape[1] + popular.shape[1] :]
+    for j in range(recent.shape[1]):
+        recent[row, j] = joined[j]
+    for j in range(popular.shape[1]):
+        popular[row, j] = of_popular[j]
+    for j in range(successor.shape[1]):
+        successor[row, j] = of_successors[j]
+
+
+@part_of_sums
 def exponentials(x: F32, highest: np.float32, out: F32, bits: I32, scale: F32) -> np.float32:
     """Writes exp(x - highest) (Cephes' expf) to `out`; returns the sum. `scale` is `bits` viewed as float32."""
     for i in range(x.shape[0]):
