@@ -231,7 +231,7 @@ def run(argv: Sequence[str], become: Callable[[str, list[str]], None], now_ms: i
             model_checks.check_tower(settings)
         runner = getattr(args, "runner", None)
         chosen_runner = [] if runner is None else ["--runner", runner]
-        become(PROCESSES[args.command][0], [*_accepted(args), *chosen_runner, *unknown, *flags])
+        become(PROCESSES[args.command], [*_accepted(args), *chosen_runner, *unknown, *flags])
         return
     operation(args.command)(load(flags), args, now_ms, say)
 

@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 
 from state.config.settings import Settings
 from state.errors import SpringtideError, of_disk
-from state.process.commands import SETTINGS_HELP, RefusingParser, add_commands, source
+from state.process.commands import SETTINGS_HELP, RefusingParser, add_commands
 from state.process.part import while_read
 
-_MODULES = {
+PROCESSES = {
     "up": "deploy.up",
     "stream": "streaming.pipeline",
     "train": "trainer.loop",
@@ -37,8 +37,7 @@ _MODULES = {
     "evaluate": "evaluation.command",
     "attributes": "deploy.attributes",
 }
-PROCESSES = {name: (module, source().commands[name].help) for name, module in _MODULES.items()}
-"""A command that runs as a process -> its module, and its help."""
+"""A command that runs as a process -> its module."""
 _CHANGE = "deploy.operate.control:change"
 OPERATIONS = {
     "versions": "deploy.operate.versions:versions",
@@ -59,7 +58,7 @@ OPERATIONS = {
 """An operator's command -> its function, whose modules are imported only if the command is given."""
 READERS = ("stream", "train")  # stop at a gap; continue if the loss is accepted
 OWN_HELP = [name for name in PROCESSES if name not in (*READERS, "serve", "console", "validate", "webhook", "compact")]
-"""Commands whose modules parse their options and explain them."""
+"""Commands that parse their options in their own modules, and explain them there."""
 Command = Callable[[Settings, argparse.Namespace, int, Callable[[str], None]], None]
 """Settings, options, the wall clock in ms, and what prints. It raises a SpringtideError that is for the operator."""
 

@@ -39,7 +39,6 @@ NUMBERS: Mapping[str, tuple[str, str]] = {
 }
 """Names that a condition may compare with a number -> process and series."""
 BETWEEN_S = 1.0
-TIMEOUT_S = 60.0
 PARTS = (16, 12)
 
 

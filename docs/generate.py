@@ -155,7 +155,7 @@ print(json.dumps(helps))
 @functools.cache
 def own_helps() -> dict[str, str]:
     """Returns what `--help` prints for each command that defines its own options; one process imports all of them."""
-    modules = json.dumps({name: PROCESSES[name][0] for name in OWN_HELP})
+    modules = json.dumps({name: PROCESSES[name] for name in OWN_HELP})
     environment = {**os.environ, "COLUMNS": "110"}
     program = [sys.executable, "-c", _HELP, modules]
     done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)

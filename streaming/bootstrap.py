@@ -463,7 +463,9 @@ def asked(argv: Sequence[str]) -> tuple[Settings, Wanted]:
         SettingsError: The command line is wrong.
     """
     flags, words = split_settings(argv)
-    options = parser_of("bootstrap").parse_args(words)
+    parser = parser_of("bootstrap")
+    parser.set_defaults(rows=SAMPLE_ROWS)
+    options = parser.parse_args(words)
     if options.rows < 1:
         raise SettingsError(f"--rows {options.rows}: must be at least 1", "see `springtide bootstrap --help`")
     settings = load([*flags, *as_settings(options)], os.environ)

@@ -17,9 +17,7 @@ from tests.deploy.operating import Operator
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize(
-    ("command", "module"), [(name, module) for name, (module, _) in command_line.PROCESSES.items()]
-)
+@pytest.mark.parametrize(("command", "module"), [*command_line.PROCESSES.items()])
 def test_a_process_gets_its_own_flags_and_the_settings(operator: Operator, command: str, module: str) -> None:
     own = ["--synthetic"] if command in command_line.OWN_HELP else []
     operator(command, *own, "--stream.cut_ms", "50")

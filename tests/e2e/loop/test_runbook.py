@@ -399,5 +399,5 @@ class Terminal:
         became: list[list[str]] = []
         cli.run([*words, *self.loop.flags], lambda module, flags: became.append([module, *flags]), 0, print)
         (line,) = became
-        assert line[0] == PROCESSES[words[0]][0]
+        assert line[0] == PROCESSES[words[0]]
         return shlex.join(line)
