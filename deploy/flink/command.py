@@ -48,9 +48,8 @@ TEMPORARY, ARTIFACTS, LOGS = "tmp", "artifacts", "logs"
 JOB_MANAGER, TASK_MANAGER, JOB_SERVER, WORKERS = "job-manager", "task-manager", "job-server", "workers"
 STOP_S = 15.0
 SLOTS = 2  # of each TaskManager
-FRAMEWORK_MB = 96  # of a TaskManager's heap
-# Its direct memory is what local.yaml gives to the network and twice off the heap.
-TASK_MANAGER_LIMITS = ("-XX:MaxDirectMemorySize=192m", "-XX:MaxMetaspaceSize=256m")
+# Memory of a TaskManager, MB. Flink's own scripts compute these; without them a TaskManager requires each explicitly.
+FRAMEWORK_MB, NETWORK_MB, OFF_HEAP_MB, METASPACE_MB = 96, 64, 64, 256
 # Flink leaves its temporary files behind when it is killed, so each start empties the directory of its process.
 EMPTIED = ("/bin/sh", "-c", 'rm -rf "$0" && mkdir -p "$0" && exec "$@"')
 
@@ -67,6 +66,9 @@ def configuration(settings: FlinkSettings, directory: Path, rpc_port: int) -> st
         rest_port=settings.rest_port,
         slots=SLOTS,
         framework_mb=FRAMEWORK_MB,
+        network_mb=NETWORK_MB,
+        off_heap_mb=OFF_HEAP_MB,
+        metaspace_mb=METASPACE_MB,
         task_mb=settings.heap_mb - FRAMEWORK_MB,
     )
 
@@ -91,6 +93,7 @@ def process_plans(
     entry = "org.apache.flink.runtime.entrypoint.StandaloneSessionClusterEntrypoint"
     runner = "org.apache.flink.runtime.taskexecutor.TaskManagerRunner"
     driver = "org.apache.beam.runners.flink.FlinkJobServerDriver"
+    limits = (f"-XX:MaxDirectMemorySize={NETWORK_MB + 2 * OFF_HEAP_MB}m", f"-XX:MaxMetaspaceSize={METASPACE_MB}m")
     plans = [
         flink(JOB_MANAGER, entry, words=(*conf, *own_temporary(JOB_MANAGER))),
         ProcessPlan(WORKERS, (python, "-m", "deploy.flink.worker_pool", str(settings.worker_port)), STOP_S),
@@ -99,7 +102,7 @@ def process_plans(
         name = f"{TASK_MANAGER}-{number}"
         # A restarted TaskManager has the same id, so that the JobManager knows at once that the old process is gone.
         words = (*conf, "-D", f"taskmanager.resource-id={name}", *own_temporary(name))
-        plans.append(flink(name, runner, *TASK_MANAGER_LIMITS, words=words))
+        plans.append(flink(name, runner, *limits, words=words))
     job_server = (
         f"--flink-master={HOST}:{settings.rest_port}",
         f"--flink-conf-dir={directory / CONFIGURATION}",

@@ -220,7 +220,7 @@ def parameters(query_string: bytes, kind: type[Parameters]) -> Parameters:
 
 @cache
 def _fields(kind: type[Parameters]) -> dict[str, bool]:
-    """Whether each parameter collects several ones, by name. To look it up takes a twentieth of an answer."""
+    """The parameters of a path by name, and whether each is a dict. To find out takes a twentieth of an answer."""
     return {field.encode_name: is_dict(field.type) for field in msgspec.structs.fields(kind)}
 
 
