@@ -16,7 +16,8 @@ Their errors differ, so a mixture of both is more accurate than either. The cros
 
     sum over its crosses c of  weight share of c * weight + marginal share of c * marginal logit
 
-The shares are also learned, one pair for each name of a cross.
+The shares are also learned, one pair for each name of a cross. One more share, at first 1, multiplies the rest of the
+logit, which is the network's part: how much a log with labels needs of it differs from log to log.
 
     alone       user, item, category, each context field, each attribute of user and item, each answer
     with user   item, category, each context field, each attribute of the item
@@ -30,7 +31,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -142,6 +143,23 @@ def _hashed(kind: str, names: Sequence[str]) -> U64:
     return np.array([int.from_bytes(digest[:8], "big") for digest in digests], np.uint64)
 
 
+def with_network_share(outputs: dict[str, Any], crossed: Any, share: float) -> dict[str, Any]:
+    """A ranker's outputs with its part of the engagement multiplied by `share`.
+
+    Args:
+        outputs: Arrays or tensors by name: `engagement_logit` `[n]`, in which crosses count in full, and maybe `item_query`.
+        crossed: `[n]` float32, the logits of the crosses.
+        share: 1 changes nothing.
+    """
+    if share == 1.0:
+        return outputs
+    factor = np.float32(share)
+    shared = {"engagement_logit": crossed + factor * (outputs["engagement_logit"] - crossed)}
+    if "item_query" in outputs:
+        shared["item_query"] = factor * outputs["item_query"]
+    return {**outputs, **shared}
+
+
 def logits_of(rows: F32, shares: F32) -> F32:
     """The logit that a row's crosses contribute, `[n]` float32.
 
@@ -164,7 +182,8 @@ class Crosses:
     Attributes:
         names: Names of the C crosses, such as `user*category`.
         kinds: Kinds of the C crosses, such as `user*context`. Crosses of one kind start from the same state.
-        shares: `[C]` uint64, the row ids under which the learned offsets to each name's initial shares are stored.
+        shares: `[C + 1]` uint64, the row ids under which the learned offsets to each name's initial shares are stored,
+            and last the offset to the share of the network.
 
     >>> crosses = Crosses(FeatureSpec(), ("tab",), (), ("author",))
     >>> crosses.names[1:9]
@@ -191,7 +210,9 @@ class Crosses:
         self.kinds = (*kinds.values(), *(f"{kinds[one]}*{kinds[other]}" for one, other in paired))
         self._width = len(kinds)
         self._pairs: I32 = np.array([[place[one], place[other]] for one, other in alone + paired], np.int32)
-        self._salts, self.shares = (_hashed(kind, self.names) for kind in ("cross", "cross share"))
+        self._salts = _hashed("cross", self.names)
+        # No name of a cross is empty.
+        self.shares = _hashed("cross share", (*self.names, ""))
         counted, decayed = len(spec.windows_s) - 1, len(spec.windows_s) + len(spec.half_lives_s) - 1
         read = [f"{kind}.{spec.window_names[name]}" for name in (decayed, counted) for kind in ("labelled", "positive")]
         read += ["gap.1", "session.events", "events.days"]

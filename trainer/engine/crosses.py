@@ -8,6 +8,9 @@ independent normal variables are updated before the next row is scored:
 3. Shares: how much the weight and the marginal logit of a cross count in the logit.
 
 The second and third are steps of an extended Kalman filter with a diagonal covariance, without a learning rate.
+
+The network learns as if its part of the logit counted in full. Once the engine has scored the record, the share of that
+part is learned in the same way as the other shares, and the scores are those with the share (`share_network`).
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from state.compiled import compiled_sums, part_of_sums
+from state.compiled import compiled_sums, part_of_sums, read_only
 from state.ranking.crosses import FIRST_SHARES
 from trainer.engine.record import Record
 from trainer.model.hyperparameters import HYPERPARAMETERS
@@ -27,6 +30,7 @@ from trainer.tables.table import Table
 
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
+U64 = npt.NDArray[np.uint64]
 
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
@@ -38,11 +42,13 @@ class Crossed(NamedTuple):
         logits: `[B]` float32, each before its row was learned from; 0 in rows without crosses.
         rows: `[w, 2]` float32, the crosses after the record.
         precision: `[w, 2]` float32, their precision after the record.
+        network: The index in `rows` of the network's share; 0 if there is none to learn.
     """
 
     logits: F32
     rows: F32
     precision: F32
+    network: int = 0
 
 
 @part_of_sums
@@ -134,6 +140,51 @@ def _crosses(
                 precision[share_at[c], k] = known[k * count + c]
 
 
+@compiled_sums("const(u8[:, ::1]), f4[::1], f4[::1], f4, f4[::1], f4[::1], f4[::1], f4[::1]")
+def _share_network(
+    ids: U64, crossed: F32, labels: F32, first: np.float32, share: F32, known: F32, engagement: F32, losses: F32
+) -> None:
+    network = np.zeros(1, np.float32)
+    for b in range(ids.shape[0]):
+        # Every row with a label has the first cross.
+        if ids[b, 0] == 0:
+            continue
+        network[0] = engagement[b] - crossed[b]
+        logit = crossed[b] + share[0] * network[0]
+        engagement[b] = logit
+        losses[b] = max(logit, _ZERO) - logit * labels[b] + np.float32(math.log1p(math.exp(-abs(logit))))
+        _learn_shares(logit, labels[b], network, first, share, known)
+
+
+def share_network(ids: U64, labels: F32, crossed: Crossed, engagement: F32, losses: F32) -> tuple[F32, F32]:
+    """The engagement and its loss with the network's share, which learns from each row with a label, in turn.
+
+    Args:
+        ids: `[B, C]`, the crosses of a record; rows without a label have none, and keep their logits.
+        labels: `[B]` float32.
+        crossed: What the crosses learn from the record. The network's share in it is changed.
+        engagement: `[B]` float32 or more, the logits in which the network's part counts in full; not changed.
+        losses: Of the same shape, their losses; not changed.
+    """
+    at = crossed.network
+    if not at:
+        return engagement, losses
+    engagement, losses = engagement.copy(), losses.copy()
+    share, known = _ONE + crossed.rows[at, :1], crossed.precision[at, :1].copy()
+    _share_network(
+        read_only(ids),
+        crossed.logits,
+        labels,
+        np.float32(HYPERPARAMETERS.share_precision),
+        share,
+        known,
+        engagement,
+        losses,
+    )
+    crossed.rows[at, 0], crossed.precision[at, 0] = share[0] - _ONE, known[0]
+    return engagement, losses
+
+
 def first_precision(kinds: Sequence[str]) -> F32:
     """`[C]` float32, the prior precision of the weights of crosses of these kinds."""
     return np.array([HYPERPARAMETERS.cross_precision[kind] for kind in kinds], np.float32)
@@ -159,7 +210,7 @@ class CrossLearner:
             record.targets.label,
             self._table.gather(rows),
             self._table.gather_accum(rows),
-        )
+        )._replace(network=int(share_at[-1]) if share_at.size else 0)
 
     def apply(self, rows: I32, crossed: Crossed) -> None:
         """Stores what `measure` returned."""
@@ -168,7 +219,7 @@ class CrossLearner:
             self._table.put(rows[1:], crossed.rows[1:], crossed.precision[1:])
 
     def _places(self, record: Record) -> tuple[I32, I32, I32]:
-        """The record's distinct rows of the table, and where in them its `[B, C]` crosses and `[C]` shares are."""
+        """The record's distinct rows of the table, and where in them its `[B, C]` crosses and `[C + 1]` shares are."""
         ids = record.ids["cross"]
         uses = np.concatenate([ids.reshape(-1), record.ids["cross_share"]])
         rows, at = self._table.distinct(self._table.find(uses))
@@ -188,7 +239,7 @@ def crosses(
 
     Args:
         at: `[B, C]` int32 indices into `rows`, 0 where there is no cross; all 0 in rows without a label.
-        share_at: `[C]` int32, indices of the shares in `rows`.
+        share_at: `[C]` int32 or more, indices of the crosses' shares in `rows`.
         prior: `[C]` float32, the prior precision of each weight.
         labels: `[B]` float32.
         rows: `[w, 2]` float32, distinct rows of the table, not changed.
@@ -198,5 +249,5 @@ def crosses(
     crossed = Crossed(np.zeros(len(at), np.float32), rows.copy(), precision.copy())
     if at.shape[1]:
         firsts = np.array([*FIRST_SHARES, HYPERPARAMETERS.marginal_precision, share_precision], np.float32)
-        _crosses(at, share_at, prior, firsts, labels, *crossed)
+        _crosses(at, share_at, prior, firsts, labels, crossed.logits, crossed.rows, crossed.precision)
     return crossed

@@ -202,7 +202,8 @@ class PrivateEngine(TensorflowEngine):
         assert measured.crossed is not None, "the default ranker reads crosses"
         indices, slopes = self.crosses.derivatives(record, logits)
         slopes = slopes + normal("cross", indices.size) * deviation
-        crossed = Crossed(*(part.copy() for part in measured.crossed))
+        before = measured.crossed
+        crossed = before._replace(rows=before.rows.copy(), precision=before.precision.copy())
         crossed.precision[indices, 0] += np.square(slopes)
         crossed.rows[indices, 0] -= RATE * slopes / (np.sqrt(crossed.precision[indices, 0]) + floor)
         squared = float(np.square(slopes).sum())

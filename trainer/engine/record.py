@@ -37,7 +37,7 @@ class Record:
         ids: uint64 by name: user `[B]`, item `[B]`, category `[B]`, context `[B, K]`, recent `[B, L]`, popular `[P]`,
             successor `[B, S]`, other `[B]`, negative_item `[B]`, negative_category `[B]`, item_attributes `[B, A]`,
             negative_item_attributes `[B, A]`, sequence_items, sequence_categories and sequence_actions `[B, T]`, cross
-            `[B, C]` (0 in rows without a label; C is 0 where no row has one), cross_share `[C]`.
+            `[B, C]` (0 in rows without a label; C is 0 where no row has one), cross_share `[C + 1]`.
         values: By name, uint16 for whole numbers, else float32.
         targets: The training targets, as NumPy arrays.
         partner: `[B]` int64, the row whose item is each row's negative.
@@ -139,7 +139,7 @@ class Recorder:
             "item_attributes": attributes,
             "negative_item_attributes": attributes[partner],
             "cross": crosses,
-            "cross_share": self._crosses.shares[: crosses.shape[1]],
+            "cross_share": self._crosses.shares if crosses.shape[1] else self._crosses.shares[:0],
         }
         values: dict[str, npt.NDArray[Any]] = {
             "features": batch.features,

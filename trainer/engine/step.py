@@ -40,6 +40,7 @@ from state.ranking.item_lists import NEXT_CATEGORY, VISITED
 from trainer.churn.learning import ChurnLearner
 from trainer.device import device_of
 from trainer.engine.build import EMBEDDINGS, TRANSITION, Growth, tables_of, transitions_of
+from trainer.engine.crosses import share_network
 from trainer.engine.engine import CROSS, F32, Measured
 from trainer.engine.guard import GuardState, Verdict, judge
 from trainer.engine.interest_counts import InterestCounts
@@ -362,7 +363,11 @@ class Trainer:
         return self._judge_and_apply(batch, record, self.engine.measure(record))
 
     def _judge_and_apply(self, batch: MicroBatch, record: Record, measured: Measured) -> Update:
-        counters, scores = self.counters, measured.scores
+        counters, scores, crossed = self.counters, measured.scores, measured.crossed
+        if crossed is not None:
+            ids, labels = record.ids["cross"], record.targets.label
+            shared = share_network(ids, labels, crossed, scores.engagement, scores.engagement_loss)
+            scores = scores._replace(engagement=shared[0], engagement_loss=shared[1])
         targets, pairs = record.targets.slot >= 0, record.targets
         losses, norm = scores.interest_loss[targets], math.sqrt(measured.squared_norm)
         loss = float(losses.mean()) if losses.size else 0.0

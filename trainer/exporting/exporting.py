@@ -24,7 +24,7 @@ from state.log import Log
 from state.lowering import Quantize, difference
 from state.microbatch.batch import MicroBatch
 from state.microbatch.codec import decode
-from state.ranking.crosses import Values, logits_of
+from state.ranking.crosses import Values, logits_of, with_network_share
 from state.registry.manifest import Manifest
 from state.registry.registry import Registry
 from state.registry.segments import LogSegment
@@ -83,7 +83,7 @@ def _replayed(trainer: Trainer, batches: Sequence[MicroBatch]) -> tuple[dict[str
         record = recorder.record(batch, none, popular, trainer.transitions, (0, 0))
         users, items = columns.users_of(batch), columns.items_of(batch)
         pairs = Values(batch.user, batch.item, batch.category, batch.context, users, items, batch.features)
-        crosses = logits_of(looked_up(CROSS, trainer.crosses.ids(pairs)), looked_up(CROSS, trainer.crosses.shares))
+        crosses = logits_of(looked_up(CROSS, trainer.crosses.ids(pairs)), looked_up(CROSS, trainer.crosses.shares)[:-1])
         pieces.append((record.ids, {**record.values, "cross": crosses}))
     ids: dict[str, U64] = {
         name: pieces[0][0][name] if name == "popular" else np.concatenate([ids[name] for ids, _ in pieces])[:ROWS]
@@ -171,6 +171,11 @@ class Compared(NamedTuple):
     ids: Mapping[str, device_file.U64] | None
     of: str
 
+    def predict(self, inputs: Mapping[str, F32]) -> dict[str, F32]:
+        """Serving's answers: the program's outputs with the version's share of the network."""
+        outputs = self.program.predict(inputs)
+        return with_network_share(outputs, inputs["cross"], self.ranker.network_share) if "cross" in inputs else outputs
+
     @property
     def kept(self) -> dict[str, F32]:
         """The inputs that all rows share, by name."""
@@ -185,14 +190,17 @@ def load(registry: Registry, number: int, trainer: Trainer, spec: str, log: Log)
     program = Program(registry.specs.program(version.program))
     program.load(trainer.model.weights())
     # 2.
+    ranker, crosses = trainer.ranker(), trainer.tables[CROSS]
+    assert isinstance(crosses, Table)
+    ranker.network_share = 1.0 + float(crosses.gather(crosses.find(trainer.crosses.shares[-1:]))[0, 0])
     batches = latest(log, version)
     if batches:
         ids, inputs = _replayed(trainer, batches)
         of = f"{len(ids['user'])} examples of the training log"
-        return Compared(trainer, trainer.ranker(), version, program, inputs, ids, of)
+        return Compared(trainer, ranker, version, program, inputs, ids, of)
     inputs = sample(trainer.model, ROWS)
     of = f"{ROWS} synthetic examples: the training log has none"
-    return Compared(trainer, trainer.ranker(), version, program, inputs, None, of)
+    return Compared(trainer, ranker, version, program, inputs, None, of)
 
 
 def export_saved_model(compared: Compared, folder: Path, say: Say, known: KnownAnswers | None = None) -> Path:
@@ -203,7 +211,7 @@ def export_saved_model(compared: Compared, folder: Path, say: Say, known: KnownA
     """
     writing = saved_model.write(folder, compared.version.version, compared.ranker, compared.kept, known)
     exported = saved_model.Exported(writing)
-    agreed = agreement(exported.predict(compared.inputs), compared.program.predict(compared.inputs))
+    agreed = agreement(exported.predict(compared.inputs), compared.predict(compared.inputs))
     if agreed.outputs > TOLERANCE:
         shutil.rmtree(writing)
         raise ProgramError(
@@ -244,7 +252,7 @@ def export_device_file(
         return
     program = Program(content, device_file.DEVICE)
     device_inputs = device_file.device_inputs(ranker, rows, compared.ids, compared.inputs, list(compared.kept))
-    agreed = agreement(program.predict(device_inputs), compared.program.predict(compared.inputs))
+    agreed = agreement(program.predict(device_inputs), compared.predict(compared.inputs))
     say(_comparison(agreed, compared, _median_us(program.predict, device_inputs)))
     aboard = {
         input_.table: rows[input_.table].places(compared.ids[input_.ids]) > 0
@@ -270,7 +278,7 @@ def _median_us(
 
 
 def _comparison(agreed: Agreement, compared: Compared, took_us: float) -> str:
-    ours_us = _median_us(compared.program.predict, compared.inputs, compared.kept)
+    ours_us = _median_us(compared.predict, compared.inputs, compared.kept)
     return (
         f"agreement    {compared.of}: probabilities within {agreed.probability:.1g}, the same category first in {agreed.first:.1%}\n"
         f"latency      {took_us:.0f} us an example alone, {ours_us:.0f} us by serving's program (median)"

@@ -13,14 +13,16 @@ For a user u with recent categories c_1 .. c_L (newest first), a candidate c, an
       successor  s(c)   = q . e_c + m_suc . next(c) + net_next(next(c), z(u)) + b_suc[rank of c]
       any other  s(c)   = q . e_c + b_other
 
-    engagement:  y(i) = sigmoid( prior(c_i) + r . e_i + d_item . e_i + d_cat . e_{c_i} + bias(u) + sum of crosses )
+    engagement:  y(i) = sigmoid( k (prior(c_i) + r . e_i + d_item . e_i + d_cat . e_{c_i} + bias(u)) + sum of crosses )
       prior(c)   = a_1 + a_2 log p(c) for a recent category of the user, a_3 log p(c) for any other
 
 In `prior`, p(c) has one more candidate with s = 0. `next(c)` are logarithms of how often c came next after the user's
 newest category, over all users. Both nets have one hidden layer with ReLU and share the kernel of `z(u)`. Interest is
 scored over rows of categories, never over a fixed vocabulary: a category first seen a minute ago is a candidate like
 any other. Engagement reads the interest logits without dropout and changes none of their weights. In a log with
-labels, the initial prior of engagement ignores interest, because what was clicked is not what was shown.
+labels, the initial prior of engagement ignores interest, because what was clicked is not what was shown. The ranker
+computes and learns engagement with k = 1; the learned share k of its part is multiplied in later
+(`state/ranking/crosses.py`).
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from state.ranking.crosses import with_network_share
 from trainer.model.inputs import Input, shapes
 from trainer.model.model import F32, MASKED, Targets, Tensor, require_shapes
 
@@ -32,6 +33,8 @@ class Ranker(tf.Module):
         fast_weights: Names of dense weights that only `score` reads and that change within a record, every few rows.
             They are averaged over their latest moves.
         fast_learning_rates: Factors of the fast weights' step size, by prefix of a name in the same way.
+        network_share: The factor of its part of the engagement in `predict`, see `state/ranking/crosses.py`. Serving
+            multiplies by itself, so only a ranker that is exported has a version's share.
     """
 
     tables: Mapping[str, int]
@@ -43,6 +46,7 @@ class Ranker(tf.Module):
     learning_rates: Mapping[str, float] = {}
     fast_weights: tuple[str, ...] = ()
     fast_learning_rates: Mapping[str, float] = {}
+    network_share: float = 1.0
 
     def encode(self, inputs: Mapping[str, Tensor], training: bool, seed: Tensor) -> Any:
         """Encodes the user and the context, once for a record; all scores share the result.
@@ -89,7 +93,8 @@ class Ranker(tf.Module):
         """Scores without dropout, and item_query if there is one: what the serving program computes."""
         encoded = self.encode(inputs, False, tf.constant([0, 0], tf.int32))
         query = self.item_query(encoded)
-        return self.score(encoded, inputs) | ({} if query is None else {"item_query": query})
+        outputs = self.score(encoded, inputs) | ({} if query is None else {"item_query": query})
+        return with_network_share(outputs, inputs["cross"], self.network_share) if "cross" in inputs else outputs
 
     def shapes(self, training: bool = False) -> dict[str, tuple[int | None, ...]]:
         """The shape of each input of serving, or of training, by name."""

@@ -354,7 +354,7 @@ def explain(predictor: Predictor, query: Query, label: str | None) -> Generator[
     with predictor.reading() as reader:
         # 1.
         prepared = predictor.prepare([query, query._replace(user=NOBODY)], reader)
-        outputs = prepared.version.program.predict(prepared.inputs)
+        outputs = prepared.version.predict(prepared.inputs)
         answer, _ = predictor.answered(prepared, outputs)
         slots: tuple[int, ...] = ()
         if label is not None:
@@ -423,7 +423,7 @@ def _parts(
         predictor.load_version(reader)
         inputs = _split(points, sizes)
         fed = {name: value for name, value in inputs.items() if name not in (_FACTOR, _OFFSET)}
-        values.append(_values(slots, inputs, version.program.predict(fixed | fed))[: len(piece)])
+        values.append(_values(slots, inputs, version.predict(fixed | fed))[: len(piece)])
         yield
     all_values: F64 = np.concatenate(values)
     shares = coalitions.shares(all_values)[: len(moving)].tolist()

@@ -221,7 +221,7 @@ class UserPairs:
         add_items(inputs, version, rows, questions, vectors.features)
         if version.own:
             add_own_rows(inputs, version, rows, questions, vectors, np.repeat(self._prepared.successors, count, 0))
-        return version.program.predict(inputs)["engagement_logit"][:count].reshape(count).copy()
+        return version.predict(inputs)["engagement_logit"][:count].reshape(count).copy()
 
     def _vectors(self, count: int) -> Vector:
         """Repeats the user's windows `count` times."""
@@ -262,7 +262,7 @@ def rank(
     over: dict[int, int] = {}
     with predictor.reading() as reader:
         prepared = predictor.prepare([query], reader)
-        outputs = prepared.version.program.predict(prepared.inputs)
+        outputs = prepared.version.predict(prepared.inputs)
         (answer,) = predictor.answered(prepared, outputs)
         if any(caps):
             check_caps(caps, prepared.version.features.spec)
@@ -391,7 +391,7 @@ def recommend(
     with predictor.reading() as reader:
         # 1.
         prepared = predictor.prepare([query], reader)
-        outputs = prepared.version.program.predict(prepared.inputs)
+        outputs = prepared.version.predict(prepared.inputs)
         question = prepared.asked[0]
         events = predictor.events_by(question, prepared.mask)
         if prepared.version.item_weights is not None:
@@ -570,7 +570,7 @@ def similar(predictor: Predictor, near: NearItems, query: Query, wanted: WantedI
     """
     with predictor.reading() as reader:
         prepared = predictor.prepare([query], reader)
-        outputs = prepared.version.program.predict(prepared.inputs)
+        outputs = prepared.version.predict(prepared.inputs)
         (answer,) = predictor.answered(prepared, outputs)
         question = prepared.asked[0]
         if "item_query" not in outputs:

@@ -200,7 +200,7 @@ class Predictor:
         with self._rows.reader() if snapshot is None else nullcontext(snapshot) as reader:
             prepared = self.prepare(queries, reader, number)
         # 6. Logits, probabilities, names.
-        return self.answered(prepared, prepared.version.program.predict(prepared.inputs))
+        return self.answered(prepared, prepared.version.predict(prepared.inputs))
 
     def prepare(self, queries: Sequence[Query], reader: RowReader, number: int | None = None) -> Prepared:
         """Collects the data of at most `queue.MOST_AT_ONCE` queries and builds the program's inputs.

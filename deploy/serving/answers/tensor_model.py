@@ -319,4 +319,4 @@ def _run(version: LoadedVersion, signature: Signature, tensors: Tensors, first: 
             continue
         fed[name] = np.zeros((batch_of(count), *spec.shape[1:]), np.float32)
         fed[name][:count] = tensors[name][first : first + count]
-    return {name: value[:count] for name, value in version.program.predict(fed).items()}
+    return {name: value[:count] for name, value in version.predict(fed).items()}

@@ -31,7 +31,7 @@ from state.history.actions import Numbers, exchange
 from state.history.store import HistoryStore
 from state.layout import PROGRAMS
 from state.ranking import interest_scores, item_scores
-from state.ranking.crosses import WIDTH, Crosses, Values, crosses_of, logits_of
+from state.ranking.crosses import WIDTH, Crosses, Values, crosses_of, logits_of, with_network_share
 from state.ranking.item_lists import ENTRIES, NEXT_CATEGORY, ItemLists, fill
 from state.ranking.item_lists import from_stored as lists_from_stored
 from state.ranking.transitions import Lists, from_stored
@@ -303,6 +303,7 @@ class LoadedVersion:
         own_popular: Those of them that are rows of the popular categories, by name.
         cross_shares: `[C, 2]` float32, the scale of weights and margins of crosses; `[0, 2]` if the version has none:
             it has learned no label, or its release has no crosses or other crosses.
+        network_share: The factor of the rest of the engagement logit.
         churn: The version's churn weights; None if it learned nothing about churn.
         item_weights: `[KINDS, FEATURES, COLUMNS]` float64, the weights of the item score; None if the version has none, or those of
             a release with other features.
@@ -325,6 +326,7 @@ class LoadedVersion:
     own: Sequence[OwnInput]
     own_popular: dict[str, F32]
     cross_shares: F32
+    network_share: float = 1.0
     churn: ChurnWeights | None = None
     item_weights: NDArray[np.float64] | None = None
     interest_weights: NDArray[np.float64] | None = None
@@ -333,6 +335,11 @@ class LoadedVersion:
     item_rows: dict[int, bytes] = field(default_factory=dict)
     lists: dict[int, bytes | None] = field(default_factory=dict)
     next_categories: ListCache = field(default_factory=ListCache.empty)
+
+    def predict(self, inputs: Mapping[str, F32]) -> dict[str, F32]:
+        """Returns the program's outputs, with the network's share. The program must have the version's weights loaded."""
+        outputs = self.program.predict(inputs)
+        return with_network_share(outputs, inputs["cross"], self.network_share) if "cross" in inputs else outputs
 
     def rows(self, reader: RowReader) -> VersionRows:
         """Returns the version's rows in a transaction."""
@@ -468,7 +475,7 @@ class VersionLoader:
         stored = reader.popular(served.version)
         popular = stored[stored != 0][:slots]
         rows = np.zeros((slots, widths["category"]), np.float32)
-        shares = np.empty((0, WIDTH), np.float32)
+        shares = np.zeros((1, WIDTH), np.float32)
         if served.dims.get("cross") == WIDTH:
             shares = reader.get("cross", features.crosses.shares.tolist(), served)[0]
         loaded = LoadedVersion(
@@ -482,7 +489,8 @@ class VersionLoader:
             popular_rows=rows,
             own=own_inputs(program.shapes),
             own_popular={},
-            cross_shares=shares,
+            cross_shares=shares[:-1],
+            network_share=1.0 + float(shares[-1, 0]),
             churn=weights_in(weights, features.spec),
             item_weights=_weights_of(weights, item_scores.WEIGHTS, item_scores.first_weights()),
             interest_weights=_weights_of(weights, interest_scores.WEIGHTS, interest_scores.first_weights()),

@@ -67,11 +67,13 @@ def test_weights_and_margins_count_by_the_shares_of_the_version(stores: Stores) 
     asked = {"item": "i1", "context": {"tab": "3"}}
     before = logit(stores, "ann", **asked)
     ids, shares = ids_of(stores, "ann", "i1", "hats", "3"), Crosses(SPEC, ("tab",)).shares
-    rows, added = numbers(len(ids)), numbers(len(ids))[::-1] * 2
+    rows, added = numbers(len(ids)), numbers(len(ids) + 1)[::-1] * 2
     learn(stores, 2, np.concatenate([ids, shares]), np.concatenate([rows, added]))
-    expected = ((0.5 + added[:, 0]) * rows[:, 0] + added[:, 1] * rows[:, 1]).sum()
-    assert logit(stores, "ann", **asked) == pytest.approx(before + float(expected), abs=1e-4)
-    assert abs(expected - 0.5 * rows[:, 0].sum()) > 0.1
+    expected = ((0.5 + added[:-1, 0]) * rows[:, 0] + added[:-1, 1] * rows[:, 1]).sum()
+    # The last share is of the network, which is the rest of the logit.
+    share = 1.0 + float(added[-1, 0])
+    assert logit(stores, "ann", **asked) == pytest.approx(share * before + float(expected), abs=1e-4)
+    assert abs(expected - 0.5 * rows[:, 0].sum()) > 0.1 and abs((share - 1.0) * before) > 0.01
 
 
 def test_a_context_that_is_not_given_takes_its_crosses_out(stores: Stores) -> None:

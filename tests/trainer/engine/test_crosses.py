@@ -5,19 +5,21 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+import pytest
 
 from state.microbatch.batch import MicroBatch
 from state.ranking.crosses import FIRST_SHARES, Crosses, Values, logits_of
 from tests.trainer.batches import SPEC, micro_batch, spread, with_tables
 from tests.trainer.engine.test_step import learned, settings
 from tests.trainer.model.test_attributes import WANTED, with_attributes
-from trainer.engine.crosses import crosses, first_precision
+from trainer.engine.crosses import Crossed, crosses, first_precision, share_network
 from trainer.engine.engine import CROSS
 from trainer.engine.guard import Verdict
 from trainer.engine.step import Trainer
 from trainer.model.hyperparameters import HYPERPARAMETERS
 
 NAMES = Crosses(SPEC, ("tab",), ("age", "city"), ("brand", "price"))
+SHARES, NETWORK = NAMES.shares[:-1], NAMES.shares[-1:]
 PRECISION = first_precision(NAMES.kinds)
 
 
@@ -66,19 +68,19 @@ def test_rows_without_a_label_leave_no_crosses_behind() -> None:
     assert 0 < len(known) < len(set(pairs))
 
 
+def chance(logit: float) -> float:
+    return float(1 / (1 + np.exp(-logit)))
+
+
 def plain_filter(batch: MicroBatch) -> tuple[list[float], dict[int, list[float]]]:
     """In float64, row by row: the logits of rows, and by id weight, margin and their precisions, shares included."""
     ids, labels = crosses_of(batch), batch.label.astype(float).tolist()
-    learned: dict[int, list[float]] = {one: [0.0] * 4 for one in (*ids[ids != 0].tolist(), *NAMES.shares.tolist())}
-
-    def chance(logit: float) -> float:
-        return float(1 / (1 + np.exp(-logit)))
-
+    learned: dict[int, list[float]] = {one: [0.0] * 4 for one in (*ids[ids != 0].tolist(), *SHARES.tolist())}
     logits = []
     for row, label in zip(ids.tolist(), labels, strict=True):
         own = [
             (learned[one], learned[share], prior)
-            for one, share, prior in zip(row, NAMES.shares.tolist(), PRECISION.tolist(), strict=True)
+            for one, share, prior in zip(row, SHARES.tolist(), PRECISION.tolist(), strict=True)
             if one
         ]
         said = [(share, side, cross[side]) for cross, share, _ in own for side in (0, 1)]
@@ -112,7 +114,7 @@ def plain_filter(batch: MicroBatch) -> tuple[list[float], dict[int, list[float]]
 def test_rows_are_scored_and_learned_from_as_the_plain_filter_does() -> None:
     batch = impressions()
     logits, learned = plain_filter(batch)
-    ids = np.concatenate([crosses_of(batch), NAMES.shares[None]])
+    ids = np.concatenate([crosses_of(batch), SHARES[None]])
     distinct, at = np.unique(np.append(ids, np.uint64(0)), return_inverse=True)
     places = at[:-1].reshape(ids.shape).astype(np.int32)
     nothing = np.zeros((distinct.size, 2), np.float32)
@@ -126,16 +128,60 @@ def test_rows_are_scored_and_learned_from_as_the_plain_filter_does() -> None:
     trainer = fresh()
     report = trainer.step(batch)
     table = trainer.tables[CROSS].state()
-    assert table.ids.tolist() == distinct[1:].tolist()
-    np.testing.assert_allclose(np.concatenate([table.rows, table.accum], 1), expected, rtol=1e-4, atol=1e-5)
+    is_cross = table.ids != NETWORK
+    assert table.ids[is_cross].tolist() == distinct[1:].tolist()
+    found_rows = np.concatenate([table.rows, table.accum], 1)[is_cross]
+    np.testing.assert_allclose(found_rows, expected, rtol=1e-4, atol=1e-5)
     # The rest of the logit is next to nothing in a first step.
     np.testing.assert_allclose(report.judged[0].pairs.logits, logits, atol=0.03)
+
+
+def test_the_share_of_the_network_is_learned_row_by_row_from_labels_alone() -> None:
+    batch = impressions(labelled=0.6)
+    logits = np.random.default_rng(5).normal(0, 2, 128).astype(np.float32)
+    losses = np.zeros(128, np.float32)
+    ids = np.where(np.isnan(batch.label)[:, None], np.uint64(0), crosses_of(batch))
+    crossed = Crossed(
+        np.linspace(-1, 1, 64, dtype=np.float32), np.zeros((3, 2), np.float32), np.zeros((3, 2), np.float32), 2
+    )
+    engagement, found_losses = share_network(ids, batch.label, crossed, logits, losses)
+    share, known = 1.0, 0.0
+    for row, label in enumerate(batch.label.astype(float).tolist()):
+        if label != label:
+            assert engagement[row] == logits[row], "a row without a label keeps its score"
+            continue
+        network = float(logits[row] - crossed.logits[row])
+        logit = float(crossed.logits[row]) + share * network
+        assert engagement[row] == pytest.approx(logit, abs=1e-4)
+        assert found_losses[row] == pytest.approx(np.log1p(np.exp(logit)) - label * logit, abs=1e-4)
+        variance, information = network**2 / (HYPERPARAMETERS.share_precision + known), chance(logit) * chance(-logit)
+        error = (label - chance(logit)) / (1 + information * variance)
+        share += network * error / (HYPERPARAMETERS.share_precision + known)
+        known += information * network**2
+    assert abs(share - 1.0) > 0.05
+    np.testing.assert_allclose(crossed.rows, [[0, 0], [0, 0], [share - 1.0, 0]], rtol=1e-3)
+    np.testing.assert_allclose(crossed.precision, [[0, 0], [0, 0], [known, 0]], rtol=1e-3)
+    np.testing.assert_array_equal(engagement[64:], logits[64:])
+
+
+def test_a_step_scores_with_the_share_of_the_network() -> None:
+    last = impressions(first=900)
+
+    def scored(offset: float) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+        trainer = learned(log(4), fresh())
+        table = trainer.tables[CROSS]
+        table.put(table.find(NETWORK), np.array([[offset, 0.0]], np.float32), np.array([[1e9, 0.0]], np.float32))
+        return trainer.step(last).judged[0].pairs.logits
+
+    crosses_alone, in_full, twice = scored(-1.0), scored(0.0), scored(1.0)
+    assert np.abs(in_full - crosses_alone).max() > 1e-3
+    np.testing.assert_allclose(twice - in_full, in_full - crosses_alone, atol=1e-5)
 
 
 def test_serving_adds_up_a_versions_rows_as_the_trainer_scores_the_next_row() -> None:
     trainer, last = learned(log(8), fresh()), impressions(rows=1, first=900)
     state = trainer.tables[CROSS].state()
-    ids = np.concatenate([crosses_of(last), NAMES.shares[None]])
+    ids = np.concatenate([crosses_of(last), SHARES[None]])
     # Some crosses of the row were never seen: theirs is the row of zeros.
     places = np.where(np.isin(ids, state.ids), np.searchsorted(state.ids, ids) + 1, 0).astype(np.int32)
     rows, precision = (np.concatenate([np.zeros((1, 2), np.float32), part]) for part in (state.rows, state.accum))

@@ -22,6 +22,7 @@ from deploy.serving.answers.tensor_model import BY_ID, VECTOR, signatures_of, te
 from state.errors import ProgramError, SettingsError, UnknownVersion
 from state.events.identity import Salt, user_id
 from state.layout import REGISTRY
+from state.ranking.crosses import with_network_share
 from state.registry.control import pin
 from state.registry.registry import Registry
 from tests.deploy.serving.conftest import lowered as lowered
@@ -102,7 +103,9 @@ def test_a_saved_model_has_servings_signature_and_answers(stocked: Stocked, tmp_
     } == worker.outputs
     rows = {name: value if name in of.kept else value[:16] for name, value in of.inputs.items()}
     found = raw(**{name: tf.constant(value) for name, value in rows.items()})
-    for name, value in worker.predict(rows).items():
+    assert abs(of.ranker.network_share - 1.0) > 1e-4
+    wanted = with_network_share(worker.predict(rows), rows["cross"], of.ranker.network_share)
+    for name, value in wanted.items():
         assert np.abs(found[name].numpy() - value).max() <= 1e-5 * (1 + np.abs(value).max()), name
     read = saved_model_pb2.SavedModel.FromString((path / "saved_model.pb").read_bytes())
     (default,) = read.meta_graphs[0].signature_def["raw"].defaults.items()
@@ -165,7 +168,7 @@ def test_a_devices_file_has_rows_by_place_and_says_how_far_it_is_off(
         sizes[quantize], rows = path.stat().st_size, choose(of.trainer, users, 1000)
         asked = device_file.device_inputs(of.ranker, rows, of.ids, of.inputs, list(of.kept))
         found = Program(path.read_bytes(), device_file.DEVICE).predict(asked)
-        apart[quantize] = agreement(found, of.program.predict(of.inputs))
+        apart[quantize] = agreement(found, of.predict(of.inputs))
     assert list(sizes.values()) == sorted(sizes.values(), reverse=True)
     assert apart["none"].outputs < 1e-4 and apart["none"].first == 1.0
     for quantize, bound in (("float16", 0.01), ("int8", 0.1)):

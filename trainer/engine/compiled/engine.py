@@ -84,8 +84,9 @@ class CompiledEngine:
     def measure(self, record: Record, move: bool = True, own: I64 | None = None) -> Measured:
         """See `Engine`."""
         crosses, crossed = self._crosses.measure(record)
+        logits = crossed.logits
         if own is not None:
-            record, crossed = record.take(own), crossed._replace(logits=crossed.logits[own])
+            record, logits = record.take(own), logits[own]
         rows, at = self._rows(record)
         distinct = {name: table.gather(rows[name]) for name, table in self._tables.items()}
         rows[CROSS] = crosses
@@ -101,7 +102,7 @@ class CompiledEngine:
         passed, forward = self._tower.forward(
             self._prepare(record.values["features"]), embedded, record.values["tower_kept"]
         )
-        inputs = self._inputs(passed, distinct["category"], self._items(distinct, at), crossed.logits)
+        inputs = self._inputs(passed, distinct["category"], self._items(distinct, at), logits)
         slots = self._optimizer.fast if move else None
         facts = self._facts(record.values, record.targets, at)
         scores, gradients, fast, heads = self._heads.prepare(

@@ -16,8 +16,9 @@ from deploy.serving.host_files import CONTROL_NOTE, MASK_NOTE
 from springtide_client.answers import LeftOutItem
 from state.attributes.store import AttributeStore
 from state.events.identity import Salt, public_id, user_id
-from state.features.spec import EVENT, Mask
+from state.features.spec import EVENT, FeatureSpec, Mask
 from state.history.appends import Appends
+from state.ranking.crosses import Crosses
 from tests.deploy.serving.stocked import NOW_MS, SALT_KEY, Stores, clicks, digest_of, manifest, predictor, tensors
 from tests.deploy.serving.test_attributes import WANTED
 from tests.deploy.serving.test_attributes import known as known
@@ -165,7 +166,7 @@ def both(answers: Predictor, query: Query) -> list[tuple[np.ndarray[Any, Any], l
     found = []
     with answers.reading() as reader:
         prepared = answers.prepare([query], reader)
-        outputs = prepared.version.program.predict(prepared.inputs)
+        outputs = prepared.version.predict(prepared.inputs)
         for said in (outputs, {}):
             pairs = UserPairs(answers, prepared, said)
             found.append((np.concatenate([pairs.logits(ITEMS[:150]), pairs.logits(ITEMS[150:])]), pairs.categories))
@@ -173,7 +174,7 @@ def both(answers: Predictor, query: Query) -> list[tuple[np.ndarray[Any, Any], l
 
 
 def test_with_crosses(stores: Stores) -> None:
-    ids = ids_of(stores, "ann", "i1", "hats", "3")
+    ids = np.append(ids_of(stores, "ann", "i1", "hats", "3"), Crosses(FeatureSpec(), ("tab",)).shares[-1])
     learn(stores, 2, ids, numbers(len(ids)))
     for user in ("ann", "nobody"):
         (ours, kinds), (theirs, wanted) = both(predictor(stores, context=("tab",)), Query(user, context={"tab": "3"}))
