@@ -9,6 +9,7 @@ user id leaves it.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -179,10 +180,9 @@ class IdTable:
 _BAD = (DecodeError, ValueError, OverflowError)
 _KINDS: dict[str, type] = {
     **dict.fromkeys(("user", "item", "category", "request", "context"), np.uint64),
-    **dict.fromkeys(("at_ms", "offset"), np.int64),
+    "at_ms": np.int64,
     "action": np.uint8,
     "label": np.float32,
-    "source": np.uint16,
 }
 
 
@@ -243,42 +243,45 @@ class Parser:
         """Converts the result of one poll to events and dead letters, with the outcomes of every position."""
         for table in (self._users, self._items, self._categories):
             table.begin()
-        parts: list[dict[str, NDArray[Any]]] = []
+        refused = dict[int, Reason]()
+        columns = self._columns(batches, refused)
+        counts = np.bincount(columns["source"], minlength=len(batches)).tolist()
+        refusals, begin = deque(sorted(refused.items())), 0
         ranges: list[Range] = []
         dead: list[DeadLetter] = []
-        for batch in batches:
-            source, refused = Source(batch.topic_id, batch.partition), dict[int, Reason]()
-            columns = self._columns(batch, refused)
-            parts.append(columns | {"source": np.full(len(columns["user"]), len(parts), np.uint16)})
-            letters = [DeadLetter(source, int(batch.offsets[row]), reason) for row, reason in sorted(refused.items())]
+        for batch, count in zip(batches, counts, strict=True):
+            source, end, letters = Source(batch.topic_id, batch.partition), begin + len(batch), list[DeadLetter]()
+            while refusals and refusals[0][0] < end:
+                row, reason = refusals.popleft()
+                letters.append(DeadLetter(source, int(batch.offsets[row - begin]), reason))
+            begin = end
             letters += [
                 DeadLetter(source, lost, Reason.CORRUPT_RECORD)
                 for first, after, _ in batch.corrupt
                 for lost in range(first, after)
             ]
-            outcomes = len(columns["user"]), len(letters), batch.values.count(None)
+            outcomes = count, len(letters), batch.values.count(None)
             ranges.append(Range(source, batch.first, batch.next, *outcomes, batch.next - batch.first - sum(outcomes)))
             dead += letters
-        width = len(self._settings.context)
-        joined = {
-            name: np.concatenate(
-                [np.empty((0, width) if name == "context" else 0, kind), *(part[name] for part in parts)]
-            )
-            for name, kind in _KINDS.items()
-        }
-        newest_ms = int(joined["at_ms"].max()) if len(joined["at_ms"]) else None
+        newest_ms = int(columns["at_ms"].max()) if len(columns["at_ms"]) else None
         return EventBatch(
-            **joined,
-            weight=self._weights[joined["action"]],
+            **columns,
+            weight=self._weights[columns["action"]],
             ranges=tuple(ranges),
             dead=tuple(dead),
             names={} if newest_ms is None else self._categories.news(newest_ms),
             item_names={} if newest_ms is None else self._items.news(newest_ms),
         )
 
-    def _columns(self, batch: PartitionBatch, refused: dict[int, Reason]) -> dict[str, NDArray[Any]]:
-        """The columns of the events of a batch; adds the rows of records that are no events to `refused`."""
-        values = batch.values
+    def _columns(self, batches: Sequence[PartitionBatch], refused: dict[int, Reason]) -> dict[str, NDArray[Any]]:
+        """The columns of the events of all batches, one after another; adds the rows of records that are no events to
+        `refused`.
+        """
+        values = [value for batch in batches for value in batch.values]
+        numbers = np.repeat(np.arange(len(batches), dtype=np.uint16), [len(batch) for batch in batches])
+        none = np.empty(0, np.int64)
+        offsets = np.concatenate([none, *(batch.offsets for batch in batches)])
+        timestamps_ms = np.concatenate([none, *(batch.timestamps_ms for batch in batches)])
         # Without a value, a record is a tombstone.
         rows: Sequence[int] = range(len(values))
         if None in values:
@@ -288,7 +291,7 @@ class Parser:
         )
         rows = [row for row in rows if row not in refused] if refused else rows
         kept: Any = slice(None) if len(rows) == len(values) else rows
-        stamps_ms, found = batch.timestamps_ms[kept], {"offset": batch.offsets[kept]}
+        stamps_ms, found = timestamps_ms[kept], {"offset": offsets[kept], "source": numbers[kept]}
         for name, convert in self._converters.items():
             column = _each(convert, rows, refused, *((events, stamps_ms) if name == "at_ms" else (events,)))
             if len(column) < len(rows):
@@ -296,9 +299,9 @@ class Parser:
                 rows, events = [*compress(rows, good)], [*compress(events, good)]
                 found = {name: array[good] for name, array in found.items()}
             found[name] = np.asarray(column, _KINDS[name])
-        none = np.empty(0, np.uint64)
-        contexts = found.get("context", none).reshape(len(rows), len(self._settings.context))
-        return {"request": none} | found | {"context": contexts}
+        requests = found.get("request", np.empty(0, np.uint64))
+        contexts = found.get("context", np.empty(0, np.uint64)).reshape(len(rows), len(self._settings.context))
+        return found | {"request": requests, "context": contexts}
 
     def _decoded(self, values: Sequence[bytes]) -> list[Any]:
         if max(map(len, values), default=0) > MOST_EVENT_BYTES:
