@@ -14,6 +14,7 @@ from state.features.spec import FeatureSpec
 from state.microbatch.batch import MicroBatch
 from state.registry.registry import Registry
 from tests.golden.archive import Document, Topic
+from tests.trainer.batches import without_network
 from trainer import device
 from trainer.engine.step import Trainer
 from trainer.intake import RecordFilter
@@ -68,7 +69,11 @@ def learn_on(trainer: Trainer, registry: Registry, log: Topic, version: int | No
         "steps": found,
         "marks": {str(source): after for source, after in sorted(marks.items())},
         "norms": norms(
-            {name: one for name, one in checkpoint.full(trainer).items() if not name.startswith(content.ADDED)}
+            {
+                name: one
+                for name, one in without_network(checkpoint.full(trainer)).items()
+                if not name.startswith(content.ADDED)
+            }
         ),
     }
 

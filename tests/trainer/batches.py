@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -11,6 +13,7 @@ from state.config.settings import Settings
 from state.features.spec import FeatureSpec
 from state.microbatch.batch import Header, MicroBatch
 from state.positions import Range, Source
+from state.ranking.crosses import Crosses
 from trainer.engine import build
 from trainer.engine.step import Trainer
 
@@ -24,6 +27,13 @@ def with_tables(settings: Settings, capacity: int, crosses_of_a_row: int = build
     sizes = {"CAPACITY": capacity, "CROSSES_OF_A_ROW": crosses_of_a_row}
     with mock.patch.multiple(build, **sizes):
         return Trainer(settings, SPEC)
+
+
+def without_network(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of a trainer without the share of the network, a row of the crosses that 0.1.0 does not have."""
+    is_cross = state["cross.ids"] != Crosses(SPEC).shares[-1]
+    by_cross = [name for name, value in state.items() if name.startswith("cross.") and len(value) == is_cross.size]
+    return {**state, **{name: state[name][is_cross] for name in by_cross}}
 
 
 def spread(numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:

@@ -22,12 +22,10 @@ import pytest
 from state.config.settings import Settings
 from state.errors import PortTaken
 from state.features.erased import MaskedUsers
-from state.features.spec import FeatureSpec
 from state.log import Log
 from state.microbatch.codec import decode
 from state.positions import Source
 from state.process.ports import free_port, free_ports
-from state.ranking.crosses import Crosses
 from state.registry.control import erase, roll_back
 from state.registry.registry import Registry
 from tests import forked
@@ -35,6 +33,7 @@ from tests.conftest import KafkaFactory
 from tests.e2e.parts import Part
 from tests.e2e.running import until
 from tests.slow_link import SlowLink
+from tests.trainer.batches import without_network
 from tests.trainer.clicks import SALT, SPEC, TOPIC, microbatch, small_settings
 from tests.trainer.logs import without, write_transform
 from tests.trainer.test_control_changes import WHO
@@ -380,12 +379,7 @@ def test_another_number_of_workers_continues_a_version_and_facts_of_the_log_do_n
             assert leader.stop() == 0, leader.said()
         return checkpoint.full_state(registry, version)[1]
 
-    def without_network(state: Mapping[str, Any]) -> dict[str, Any]:
-        """Crosses without the share of the network, which depends on its scores."""
-        is_cross = state["cross.ids"] != Crosses(FeatureSpec()).shares[-1]
-        by_cross = [name for name, value in state.items() if name.startswith("cross.") and len(value) == is_cross.size]
-        return {**state, **{name: state[name][is_cross] for name in by_cross}}
-
+    # The share of the network depends on its scores.
     one = without_network(learn(settings_of(kafka_settings, tmp_path / "one", 1), [1]))
     several = without_network(learn(settings_of(kafka_settings, tmp_path / "several", 1), [2, 3, 1]))
     facts = [
