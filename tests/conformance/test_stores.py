@@ -18,9 +18,9 @@ import pytest
 from state.disk.lmdb_store import LmdbStore
 from state.errors import CorruptStore, SpringtideError, StoreError, StoreFull
 from state.layout import DATA
-from state.process import killpoints
 from tests.conformance.kept import KEPT, Kept, kinds
 from tests.disks import crash, small_disk
+from tests.kills import killed_at
 
 # A child is a copy of this process: no store is open when one is made.
 CHILD = multiprocessing.get_context("fork")
@@ -347,20 +347,13 @@ def test_no_inner_page_of_a_store_that_is_written_anew_names_a_key_that_was_dele
 
 @pytest.mark.parametrize("at", ["compact.copied", "compact.exchanged"])
 def test_a_kill_while_a_store_is_written_anew_leaves_the_old_one_or_the_new_one_and_nothing_beside_it(
-    kept: Kept[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+    kept: Kept[Any], tmp_path: Path, at: str
 ) -> None:
     path = tmp_path / "store"
     store = kept.open(path)
     kept.commit(store, 1)
-
-    def killed(name: str) -> None:
-        if name == at:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(killpoints, "reach", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_at(at):
         store.compact()
-    monkeypatch.undo()
     crash(store)
     store = kept.open(path)
     assert (kept.seen(store), [one.name for one in tmp_path.iterdir()]) == (1, ["store"])

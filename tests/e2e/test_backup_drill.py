@@ -15,7 +15,6 @@ from deploy.backup import location
 from deploy.backup.making import Scope, make
 from deploy.backup.restoring import By, Restored, Since, restore
 from deploy.serving.answers.host import Host
-from state.errors import BackupError
 from state.events.identity import load_salt
 from state.file_store import open_store
 from state.history.store import HistoryStore
@@ -157,47 +156,6 @@ def test_control_that_is_newer_than_the_histories_takes_them_back(tmp_path: Path
     bring_back(loop, backups)
     found = finished(loop)
     assert found == never_saw(tmp_path / "alone", salt, loop.control)
-
-
-@pytest.mark.parametrize("point", [pytest.param("restore.written", marks=pytest.mark.nightly), "restore.taken"])
-def test_what_was_killed_is_repeated_or_refused_and_never_taken_for_whole(
-    tmp_path: Path, salt: Path, point: str
-) -> None:
-    loop, backups = SmallLoop(tmp_path / "here", salt), tmp_path / "backups"
-    loop.click(*clicks(0, AFTER))
-    loop.settle()
-    loop.close()
-    # A backup that was killed is none, and does not keep the next one from its place.
-    died = forked.run(
-        [sys.executable, "-m", "deploy.cli", "backup", str(backups)],
-        cwd=ROOT,
-        env={**os.environ, **loop.settings.environment(), killpoints.VARIABLE: "backup.object:3"},
-        check=False,
-    )
-    assert died.returncode == -9
-    assert (location.ids(open_store(str(backups))), bool(open_store(str(backups)).tagged(location.LOCK)[0])) == (
-        [],
-        True,
-    )
-    make(loop.settings, open_store(str(backups)), Scope(with_salt=True), NOW_MS, lambda more: None)
-    store = HistoryStore(loop.settings.stream_dir / HISTORIES, loop.settings.features.history, 1 << 27, readonly=True)
-    digest = store.digest()
-    store.close()
-    move(loop, tmp_path / "there")
-    words = ["restore", str(backups), "--paths.state", str(tmp_path / "there")]
-    line = [sys.executable, "-m", "deploy.cli", *words]
-    environment = {**os.environ, **loop.settings.environment()}
-    killed = forked.run(line, cwd=ROOT, env={**environment, killpoints.VARIABLE: point}, check=False)
-    assert killed.returncode == -9
-    assert Registry(loop.settings.registry_dir).control() is None
-    if point == "restore.taken":
-        with pytest.raises(BackupError, match="serving exists"):
-            bring_back(loop, backups)
-        shutil.rmtree(tmp_path / "there")
-    assert forked.run(line, cwd=ROOT, env=environment, check=False).returncode == 0
-    store = HistoryStore(loop.settings.stream_dir / HISTORIES, loop.settings.features.history, 1 << 27, readonly=True)
-    assert store.digest() == digest
-    store.close()
 
 
 def test_where_kafka_is_lost_too_what_was_learned_goes_on_in_another_log(tmp_path: Path, salt: Path) -> None:

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +17,6 @@ import pytest
 from docs.generate import PAGES
 from springtide_client import __version__
 from state.config.loading import load
-from state.config.sections import Events
-from state.errors import DecodeError
 from state.events.identity import Salt
 from state.events.parser import Parser
 from state.log import PartitionBatch
@@ -106,18 +103,6 @@ def test_the_settings_of_an_own_topic_read_its_record_as_written(document: Path,
     parsed = Parser(events, Salt(b"s" * 32)).parse([batch])
     assert (len(parsed), parsed.dead) == (1, ())
     assert set(json.loads(record)) == {events.user, events.item, events.category, events.action, events.time}
-
-
-def test_the_decoder_of_the_guide_reads_a_click_in_an_envelope() -> None:
-    program = fenced((ROOT / "docs" / "how-to" / "own-decoder.md").read_text(), "python")[0]
-    names: dict[str, Any] = {}
-    exec(compile(program, "own-decoder.md", "exec"), names)
-    read = names["decode_nested"](Events(request="", context=("device",)))
-    event = read(b'{"payload": {"user": "ann", "item": "i1", "device": "tv"}}')
-    assert (event.user, event.item, event.category, event.context) == ("ann", "i1", None, ["tv"])
-    for bad in (b"[", b"{}", b'{"payload": 7}'):
-        with pytest.raises(DecodeError):
-            read(bad)
 
 
 @pytest.mark.parametrize("document", [path for path in DOCUMENTS if fenced(path.read_text(), "toml")], ids=name)

@@ -14,12 +14,12 @@ from state.features.erased import Erased, MaskedUsers
 from state.features.mask import Mask
 from state.history.rewinding import branch_of
 from state.layout import CONTROL, HISTORIES
-from state.process import killpoints
 from state.registry.control import follow, pin, roll_back, start
 from state.registry.controls import Controls
 from state.registry.erasing import reports
 from state.registry.log_line import WHOLE, turned
 from streaming.control import POLL_S, ControlWatch, apply_erasures, compaction_is_due
+from tests.kills import killed_at
 from tests.state.history.test_forgetting import OTHER, SOURCE, USER, filled
 
 WHO: dict[str, Any] = {"actor": "ann", "reason": "bots", "now_ms": 5}
@@ -108,20 +108,13 @@ def test_a_shard_forgets_and_tells_and_writes_its_store_anew_at_most_each_ten_mi
 
 
 def test_a_shard_that_dies_having_forgotten_tells_it_at_its_next_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     store = filled(tmp_path / "stream-0" / HISTORIES)
     registry = tmp_path / "registry"
     registry.mkdir()
-
-    def killed(name: str) -> None:
-        if name == "stream.forgotten":
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(killpoints, "reach", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_at("stream.forgotten"):
         apply_erasures(store, registry, erased(USER), PAGES_MS)
-    monkeypatch.undo()
     assert (len(store.read(USER)), reports(registry)) == (0, [])
     assert apply_erasures(store, registry, erased(USER), PAGES_MS) is None
     (told,) = reports(registry)

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from deploy.local_kafka import Broker
@@ -21,8 +20,7 @@ from state.config.sections import Events, LogSettings
 from state.config.settings import Settings
 from state.errors import UnreachableBroker
 from state.events.decoding import Decoder, decode_json
-from state.events.identity import load_salt, user_id
-from state.log import Reader, Topics, Writer
+from state.log import Topics
 from state.microbatch.batch import gaps
 from state.microbatch.codec import decode
 from state.positions import Source
@@ -32,7 +30,6 @@ from tests.conftest import KafkaFactory
 from tests.one_kafka import Running, broker_like
 from tests.segments import cut_back
 from tests.streaming.streams import (
-    BEGIN_MS,
     FOREVER,
     Follower,
     click,
@@ -199,103 +196,8 @@ def test_a_stream_that_is_asked_to_stop_while_it_opens_ends_cleanly(
     assert stream.lines[-1].endswith("stopped; everything read is committed")
 
 
-CLICKS = 6000
-BATCH = 100
-RATES = (8, 5, 2, 1)  # of the partitions
-
-
-@pytest.mark.nightly
-def test_four_partitions_with_a_backlog_come_out_in_order(kafka_settings: KafkaFactory, tmp_path: Path) -> None:
-    """A click a second over all; each partition lies in one fetch, and would come whole before the next one."""
-    settings = settings_for(kafka_settings(), tmp_path / "state", tmp_path / "salt", cut_rows=BATCH)
-    kafka, chance = settings.kafka, np.random.default_rng(7)
-    of_click = np.repeat(np.arange(4), RATES)[chance.integers(0, sum(RATES), CLICKS)].tolist()
-    with Topics(kafka) as topics, following(kafka, kafka.microbatches_topic) as log:
-        topics.ensure(kafka.clicks_topic, 4, FOREVER)
-        values = [click(number, user=f"user-{of_click[number]}-{number % 17}") for number in range(CLICKS)]
-        send(kafka, values, partition=of_click.__getitem__)
-        with running(settings, tmp_path / "log") as stream:
-            until(lambda: sum(next_offsets(log.poll()).values()) == CLICKS, "all clicks in the log")
-            assert stream.stop() == 0, stream.lines
-        batches = [decode(value) for value in log.poll()]
-    offsets: dict[Source, list[int]] = {}
-    for batch in batches:
-        for source, offset in zip(batch.source.tolist(), batch.offset.tolist(), strict=True):
-            offsets.setdefault(batch.header.ranges[source].source, []).append(offset)
-    assert {source.partition: found for source, found in offsets.items()} == {
-        number: list(range(of_click.count(number))) for number in range(4)
-    }, "in order within a partition, none lost and none twice"
-    at_s = (np.concatenate([batch.at_ms for batch in batches]) - BEGIN_MS) // 1000
-    # How long before a row others that happened later have come.
-    late_s = np.maximum.accumulate(at_s) - at_s
-    assert np.percentile(late_s, 99) <= 4 * BATCH
-    assert late_s.max() <= 60 + 4 * BATCH
-
-
-def totals(settings: Settings) -> dict[str, int]:
-    """The accounts of a stream that has ended; they add up."""
-    with histories_of(settings) as store:
-        found = store.totals
-    assert check_accounts(StreamAccount(**found)) == ()
-    return found
-
-
 def reached(log: Follower, wanted: dict[int, int], what: str) -> None:
     until(lambda: next_offsets(log.poll()) == wanted, f"{what}: {wanted}, now {next_offsets(log.poll())}")
-
-
-def offsets(log: Follower, partition: int) -> list[int]:
-    """The offsets of the rows of a partition, in the order of the log, each once."""
-    batches, _ = deduplicated(log.poll())
-    rows = [
-        (batch.header.ranges[source].source.partition, offset)
-        for batch in batches
-        for source, offset in zip(batch.source.tolist(), batch.offset.tolist(), strict=True)
-    ]
-    return [offset for one, offset in rows if one == partition]
-
-
-def test_aborted_records_huge_ones_and_clocks_that_jump_back(kafka_settings: KafkaFactory, tmp_path: Path) -> None:
-    kafka = kafka_settings()
-    settings = settings_for(kafka, tmp_path / "state", tmp_path / "salt")
-    with Topics(kafka) as topics, following(kafka, kafka.microbatches_topic) as log:
-        topics.ensure(kafka.clicks_topic, 1, FOREVER)
-        with running(settings, tmp_path / "log") as stream:
-            # 1. Ten clicks, five that are aborted (and the marker), five in a committed transaction (and the marker).
-            send(kafka, [click(number) for number in range(10)], 0, lambda number: 0)
-            with Writer(kafka, transactional_id=f"shop-{kafka.clicks_topic}") as shop:
-                with pytest.raises(RuntimeError, match="changed my mind"), shop.transaction():
-                    for number in range(5):
-                        shop.send(kafka.clicks_topic, 0, b"k", click(number, user="aborted"), (), BEGIN_MS + 10_000)
-                    shop._producer.flush()
-                    raise RuntimeError("changed my mind")
-                with shop.transaction():
-                    for number in range(10, 15):
-                        shop.send(kafka.clicks_topic, 0, b"k", click(number), (), BEGIN_MS + number * 1000)
-            reached(log, {0: 22}, "the transactions")
-            # 2. 5 MB: the broker takes it, the stream does not.
-            send(kafka, [click(15, item="x" * 5_000_000), click(16)], 15, lambda number: 0)
-            reached(log, {0: 24}, "the click behind the huge one")
-            # 3. The producers' clock jumps back by two hours, and forth again.
-            for number, at_ms in enumerate((-7_200_000, -7_199_000, 20_000)):
-                with Writer(kafka) as writer:
-                    value = click(number, user="jumper", time=BEGIN_MS + at_ms)
-                    writer.send(kafka.clicks_topic, 0, b"k", value, (), BEGIN_MS + at_ms)
-                    writer.flush()
-            reached(log, {0: 27}, "the clicks of another time")
-            assert stream.stop() == 0, stream.lines
-        letters = headers_of(kafka, kafka.dead_letters_topic)
-        assert [(letter["reason"], letter["offset"]) for letter in letters] == [("too_large", "22")]
-        assert offsets(log, 0) == [*range(10), *range(16, 21), 23, 24, 25, 26]
-        batches, _ = deduplicated(log.poll())
-        aborted, jumper = (user_id(load_salt(tmp_path / "salt"), name) for name in ("aborted", "jumper"))
-        users = np.concatenate([batch.user for batch in batches])
-        assert aborted not in users
-        assert np.concatenate([batch.at_ms for batch in batches])[users == jumper].tolist() == [
-            BEGIN_MS + at_ms for at_ms in (-7_200_000, -7_199_000, 20_000)
-        ]
-    assert totals(settings) == {"positions": 27, "rows": 19, "dead": 1, "filtered": 0, "absent": 7}
-    assert not any(" ERROR " in line for line in stream.lines), stream.lines
 
 
 def test_clicks_deleted_and_made_again_are_another_topic(kafka_settings: KafkaFactory, tmp_path: Path) -> None:
@@ -323,41 +225,6 @@ def test_clicks_deleted_and_made_again_are_another_topic(kafka_settings: KafkaFa
             }  # fmt: skip
         _, marks = deduplicated(log.poll())
         assert {source.topic_id for source in marks} == {old, new}
-
-
-@pytest.mark.nightly
-def test_holes_that_compaction_left_are_absent(kafka_settings: KafkaFactory, tmp_path: Path) -> None:
-    kafka = kafka_settings()
-    settings = settings_for(kafka, tmp_path / "state", tmp_path / "salt")
-    compacted = {
-        "cleanup.policy": "compact", "min.cleanable.dirty.ratio": "0.001", "min.compaction.lag.ms": "0",
-        "segment.ms": "1", "delete.retention.ms": "0",
-    }  # fmt: skip
-    with Topics(kafka) as topics, following(kafka, kafka.microbatches_topic) as log:
-        topics.ensure(kafka.clicks_topic, 1, compacted)
-        with Writer(kafka) as writer:
-            for number in range(60):
-                writer.send(
-                    kafka.clicks_topic, 0, b"user-%d" % (number % 3), click(number), (), BEGIN_MS + number * 1000
-                )
-                writer.flush()
-
-        def left() -> int:
-            with Reader(kafka, kafka.clicks_topic) as reader:
-                found = 0
-                deadline = time.monotonic() + 10
-                while reader.position(0) < 60 and time.monotonic() < deadline:
-                    found += sum(len(batch) for batch in reader.poll(0.2))
-                return found if reader.position(0) == 60 else 60
-
-        # The broker's cleaner looks every 15 s.
-        until(lambda: left() < 40, "compaction")
-        with running(settings, tmp_path / "log") as stream:
-            reached(log, {0: 60}, "what compaction left")
-            assert stream.stop() == 0, stream.lines
-        kept = offsets(log, 0)
-        assert kept[-1] == 59 and len(kept) < 40
-    assert totals(settings) == {"positions": 60, "rows": len(kept), "dead": 0, "filtered": 0, "absent": 60 - len(kept)}
 
 
 ALL = 1 << 40

@@ -30,7 +30,6 @@ from state.log import Log, Topics, Writer
 from state.metrics import ApplierMetrics
 from state.microbatch.codec import decode
 from state.positions import Source
-from state.process import killpoints
 from state.registry.control import roll_back, start
 from state.registry.controls import Controls
 from state.registry.log_line import WHOLE, turned
@@ -40,6 +39,7 @@ from streaming.rebuild import Rebuilt, rebuild
 from tests import forked
 from tests.conftest import KafkaFactory
 from tests.disks import crash
+from tests.kills import killed_at
 from tests.one_kafka import Running
 from tests.streaming.streams import (
     BEGIN_MS,
@@ -99,14 +99,6 @@ def lost(kafka: Running, tmp_path_factory: pytest.TempPathFactory) -> Lost:
         assert sum(len(decode(value)) for value in log.poll()) > CLICKS - len(BAD), "the crash wrote rows twice"
     with histories_of(settings) as store:
         return Lost(settings, store.digest(), store.counts(), records)
-
-
-class Died(BaseException):
-    """The process ended here."""
-
-
-def die() -> None:
-    raise Died
 
 
 def rebuilt(settings: Settings, copy: Path | None = None) -> Rebuilt:
@@ -184,9 +176,7 @@ def test_a_store_from_before_a_power_cut_is_refused_rebuilt_and_gone_on_from(los
         assert stream.stop() == 0, stream.lines
 
 
-def test_a_snapshot_of_servings_histories_is_gone_on_from(
-    lost: Lost, copied_log: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_snapshot_of_servings_histories_is_gone_on_from(lost: Lost, copied_log: Settings) -> None:
     """Although neither the log nor the clicks have what is before it, records after it repeat clicks of it, and the
     process is killed while it loads and after it."""
     settings, kafka = copied_log, copied_log.kafka
@@ -195,8 +185,7 @@ def test_a_snapshot_of_servings_histories_is_gone_on_from(
         topics.delete_before(kafka.microbatches_topic, {0: read})
     without_clicks = replace(settings, kafka=replace(kafka, clicks_topic="no-such-topic"))
     for point in ("snapshot.share:3", "snapshot.loaded"):
-        with monkeypatch.context() as patch, pytest.raises(Died):
-            patch.setattr(killpoints, "armed", killpoints.parse(point, die))
+        with killed_at(point):
             rebuilt(without_clicks)
     found = rebuilt(without_clicks)
     assert held(settings) == (lost.digest, lost.counts)
@@ -267,14 +256,10 @@ def test_another_salt_is_refused_and_nothing_changes(lost: Lost, tmp_path: Path)
 
 
 @pytest.mark.parametrize("point", ["rebuild.committed", "rebuild.promised", "rebuild.aside"])
-def test_a_rebuild_cut_short_leaves_the_old_store_or_the_new_one(
-    lost: Lost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str
-) -> None:
+def test_a_rebuild_cut_short_leaves_the_old_store_or_the_new_one(lost: Lost, tmp_path: Path, point: str) -> None:
     settings = lost.elsewhere(tmp_path / "state")
     HistoryStore(settings.stream_dir / "histories", 256, 1 << 30).close()
-
-    monkeypatch.setattr(killpoints, "armed", killpoints.parse(point, die))
-    with pytest.raises(Died):
+    with killed_at(point):
         rebuilt(settings)
     histories.finish(settings.stream_dir)
     with histories_of(settings) as store:

@@ -13,15 +13,14 @@ from hypothesis import strategies as st
 
 from state import layout
 from state.disk.lock import DirectoryLock
-from state.features.mask import Mask
 from state.file_store import DirectoryStore
 from state.history import snapshots
 from state.history.snapshots import HistorySnapshot, SnapshotFile, UserRange
-from state.process import killpoints
 from state.registry import sealed
-from state.registry.control import roll_back, start
+from state.registry.control import start
 from state.registry.manifest import FileEntry, Manifest, complete, extend, sees
 from state.registry.registry import Registry
+from tests.kills import killed_at
 from tests.trainer.clicks import SPEC, batches, small_settings
 from tests.trainer.logs import draft, publish, started
 from trainer import compactor
@@ -165,51 +164,8 @@ def test_every_kept_version_can_be_restored(
             assert young <= there
 
 
-def test_every_version_that_is_kept_is_restored_as_it_was(tmp_path: Path) -> None:
-    """Thinned again and again while it learns, rolls back, expires rows and admits them anew; a reader looks all the time."""
-    registry, now_ms = started(tmp_path), 10**12
-    trainer = Trainer(small_settings("--trainer.admit_after", "2", "--trainer.expire_s", "3600"), SPEC)
-    reader, digests, merges = Registry(tmp_path), {}, 0
-    version = publish(registry, trainer, None, created_at_ms=now_ms)
-    digests[version] = checkpoint.digest(trainer)
-    tiers = replace(TIERS, load_bytes=60_000)
-    epoch, went_back = 1, 0
-    for number, batch in enumerate(batches(0, 90)):
-        trainer.step(batch)
-        now_ms += 150_000 if number < 60 else 30_000
-        version = publish(registry, trainer, version, created_at_ms=now_ms, epoch=epoch)
-        digests[version] = checkpoint.digest(trainer)
-        if number == 40:
-            went_back = version - 7
-            registry.change(lambda control, to=went_back: roll_back(control, to, Mask.NONE, **WHO))
-            checkpoint.restore(registry, went_back, trainer, SPEC.digest)
-            version, epoch = went_back, 2
-        if number % 6 == 5:
-            compact(registry, tiers.load_bytes)
-            done = thin(registry, tiers, now_ms)
-            merges += len(done.merges)
-            assert checkpoint.restore(reader, version, trainer, SPEC.digest).version == version
-            assert checkpoint.digest(trainer) == digests[version]
-    kept = registry.versions()
-    assert went_back in kept and len(kept) < 75 and len(registry.bases()) >= 3
-    assert merges > 5
-    before = len(registry.bases())
-    done = thin(registry, replace(tiers, load_bytes=10**9), now_ms)
-    assert len(done.bases) == before - len(registry.bases()) > 0, "where more may be read, fewer bases are needed"
-    kept = registry.versions()
-    assert went_back in kept
-    assert any(registry.manifest(one, "delta").kind == "merged" for one in registry.deltas())
-    for one in {*kept[::4], went_back, kept[-1]}:
-        found = checkpoint.restore(reader, one, trainer, SPEC.digest)
-        assert checkpoint.digest(trainer) == digests[one], one
-        assert found.version == one and found.created_at_ms <= now_ms
-    assert Registry(tmp_path).newest_good(2) == version
-
-
 @pytest.mark.parametrize("point", ["publish.renamed:1", "compact.merged:1", "compact.removed:9"])
-def test_a_compactor_killed_while_it_merges_leaves_every_version_loadable(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str
-) -> None:
+def test_a_compactor_killed_while_it_merges_leaves_every_version_loadable(tmp_path: Path, point: str) -> None:
     registry = started(tmp_path)
     trainer = Trainer(small_settings(), SPEC)
     version = publish(registry, trainer, None)
@@ -218,17 +174,8 @@ def test_a_compactor_killed_while_it_merges_leaves_every_version_loadable(
         trainer.step(batch)
         version = publish(registry, trainer, version, created_at_ms=number * 150_000)
         digests[version] = checkpoint.digest(trainer)
-
-    class Killed(BaseException):
-        pass
-
-    def strike() -> None:
-        raise Killed
-
-    monkeypatch.setattr(killpoints, "armed", killpoints.parse(point, strike))
-    with pytest.raises(Killed):
+    with killed_at(point):
         thin(registry, TIERS, now_ms=HOUR_MS + 24 * 150_000)
-    monkeypatch.setattr(killpoints, "armed", killpoints.parse("", strike))
     for again in (False, True):
         if again:
             thin(Registry(tmp_path), TIERS, now_ms=HOUR_MS + 24 * 150_000)

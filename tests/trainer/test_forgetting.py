@@ -12,9 +12,9 @@ from state.features.erased import MaskedUsers
 from state.features.mask import Mask
 from state.microbatch.codec import decode
 from state.positions import Source
-from state.process import killpoints
 from state.registry.control import erase, roll_back
 from state.registry.registry import Registry
+from tests.kills import killed_at
 from tests.trainer.clicks import TOPIC, microbatch
 from tests.trainer.logs import append, bits_of, fresh, kill, learner, run_to_end, trainer_of, written
 from tests.trainer.test_control_changes import published
@@ -189,22 +189,13 @@ def test_nothing_that_is_kept_has_the_user_once_the_compactor_ran(tmp_path: Path
 
 
 @pytest.mark.parametrize("at", ["rewrite.written", "rewrite.exchanged"])
-def test_a_compactor_killed_while_it_rewrites_leaves_every_version_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
-) -> None:
+def test_a_compactor_killed_while_it_rewrites_leaves_every_version_whole(tmp_path: Path, at: str) -> None:
     registry, _, running, _ = erased(tmp_path)
     run_to_end(running)
     newest = published(running)
     bits = bits_of(running)
-
-    def killed(name: str) -> None:
-        if name == at:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(killpoints, "reach", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_at(at):
         rewrite(Registry(tmp_path), trainer_of(running).crosses)
-    monkeypatch.undo()
     # One that had read the manifests before does not take the new files for damaged ones.
     for registry_now in (registry, Registry(tmp_path)):
         restored = fresh()

@@ -12,10 +12,10 @@ from state.config.settings import Settings
 from state.errors import LockHeld, ModelMismatch, RegistryError, SaltMismatch, SpecMismatch, UnknownVersion
 from state.features.mask import Mask
 from state.features.spec import FeatureSpec
-from state.process import killpoints
 from state.registry.control import roll_back
 from state.registry.model_fit import former_specs, require_same_model
 from state.registry.registry import Registry
+from tests.kills import killed_at
 from tests.memory_log import MemoryLog
 from tests.trainer.clicks import SPEC, microbatch, small_settings
 from tests.trainer.logs import ABOUT, account_in, append, learner, run_to_end, settle, started, write_transform, written
@@ -67,7 +67,7 @@ def learned(registry: Registry, log: MemoryLog, trainer: Trainer, **more: Any) -
 
 
 def test_an_upgrade_continues_where_the_old_model_was_and_back_again(
-    registry: Registry, trainers: dict[str, Trainer], monkeypatch: pytest.MonkeyPatch
+    registry: Registry, trainers: dict[str, Trainer]
 ) -> None:
     log = written(RECORDS[:6])
     before = learned(registry, log, trainers["old"])
@@ -85,8 +85,7 @@ def test_an_upgrade_continues_where_the_old_model_was_and_back_again(
     assert any(line.startswith("  weight tower.kernel_0: ") for line in said)
 
     # A crash before the first version leaves the same to be done.
-    monkeypatch.setattr(killpoints, "armed", killpoints.Armed("publish.checked", 1, dies))
-    with pytest.raises(Died):
+    with killed_at("publish.checked"):
         learner(registry, log, trainer=trainers["hidden"])
     append(log, RECORDS[6:9])
     ours = learner(registry, log, trainer=trainers["hidden"])
@@ -114,14 +113,6 @@ def test_an_upgrade_continues_where_the_old_model_was_and_back_again(
     run_to_end(back)
     back.close()
     assert trainers["old"].counters.steps == 9
-
-
-class Died(Exception):
-    """Stands for a kill."""
-
-
-def dies() -> None:
-    raise Died
 
 
 def test_records_with_former_windows_are_skipped_and_counted(registry: Registry, trainers: dict[str, Trainer]) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import stat
+import sys
 from pathlib import Path
 
 import pytest
 
-from deploy.backup.location import PIECE_BYTES, id_at
+from deploy.backup.location import LOCK, PIECE_BYTES, id_at
 from state.config.settings import Settings
 from state.errors import BackupError, DamagedBackup, MissingSalt, SaltMismatch
 from state.events.identity import load_salt
@@ -16,7 +19,9 @@ from state.features.erased import Erased, MaskedUsers
 from state.process import killpoints
 from state.registry.control import erase
 from state.registry.registry import Registry
+from tests import forked
 from tests.deploy.backup.systems import NOW_MS, System, content, settings_of, springtide
+from tests.kills import killed_at
 from tests.state.registry.test_registry import publish
 
 MINUTE_MS = 60_000
@@ -109,22 +114,40 @@ def test_histories_of_several_pieces_send_only_those_that_changed(system: System
     assert after == content(system.settings)
 
 
-def test_a_backup_that_broke_off_is_none_and_what_it_sent_is_used(
-    system: System, to: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Broken(BaseException):
-        pass
-
-    def strike() -> None:
-        raise Broken
-
-    monkeypatch.setattr(killpoints, "armed", killpoints.parse("backup.sent", strike))
-    with pytest.raises(Broken):
+def test_a_backup_that_broke_off_is_none_and_what_it_sent_is_used(system: System, to: Path) -> None:
+    with killed_at("backup.sent"):
         springtide(system.settings, "backup", str(to))
     assert "has no backup" in springtide(system.settings, "backup", str(to), "--list")
     with pytest.raises(BackupError, match="has no backup"):
         springtide(system.settings, "restore", str(to))
     assert sent(springtide(system.settings, "backup", str(to), "-o", "json")) == 0
+
+
+def test_what_was_killed_is_repeated_or_refused_and_never_taken_for_whole(
+    system: System, to: Path, there: Settings
+) -> None:
+    def kill(settings: Settings, point: str, *words: str) -> None:
+        died = forked.run(
+            [sys.executable, "-m", "deploy.cli", *words, "--paths.state", settings.paths.state],
+            cwd=forked.ROOT,
+            env={**os.environ, killpoints.VARIABLE: point},
+            check=False,
+        )
+        assert died.returncode == -9
+
+    # A backup that was killed is none, and its lock does not keep the next one from its place.
+    kill(system.settings, "backup.object:3", "backup", str(to))
+    assert (to / LOCK).exists() and not (to / "backups").exists()
+    springtide(system.settings, "backup", str(to), "--with-salt")
+    kill(there, "restore.written", "restore", str(to))
+    assert Registry(there.registry_dir).control() is None
+    springtide(there, "restore", str(to))
+    assert content(there)["stream-0"] == content(system.settings)["stream-0"]
+    shutil.rmtree(there.state_dir)
+    kill(there, "restore.taken:2", "restore", str(to))
+    assert Registry(there.registry_dir).control() is None
+    with pytest.raises(BackupError, match="stream-0 exists"):
+        springtide(there, "restore", str(to))
 
 
 def test_the_newest_are_kept_with_all_that_they_need(system: System, to: Path, tmp_path: Path) -> None:
@@ -148,16 +171,12 @@ def test_the_newest_are_kept_with_all_that_they_need(system: System, to: Path, t
 
 
 def test_pruning_that_broke_off_leaves_what_stays_whole_and_is_ended_by_the_next(
-    system: System, to: Path, there: Settings, monkeypatch: pytest.MonkeyPatch
+    system: System, to: Path, there: Settings
 ) -> None:
-    def strike() -> None:
-        raise KeyboardInterrupt
-
     for number in range(3):
         system.click(range(1, 400))
         springtide(system.settings, "backup", str(to), "--with-salt", now_ms=NOW_MS + number)
-    monkeypatch.setattr(killpoints, "armed", killpoints.parse("prune.documents", strike))
-    with pytest.raises(KeyboardInterrupt):
+    with killed_at("prune.documents"):
         springtide(system.settings, "backup", str(to), "--with-salt", "--keep", "1", now_ms=NOW_MS + 3)
     springtide(system.settings, "backup", str(to), "--check")
     said = springtide(system.settings, "backup", str(to), "--with-salt", "--keep", "1", "-o", "json", now_ms=NOW_MS + 4)

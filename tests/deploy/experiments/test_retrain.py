@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,17 +21,13 @@ from state.experiments.experiment import By, Experiment, Experiments, Schedule
 from state.experiments.past import read_past
 from state.features.arrays import DAY_MS
 from state.features.spec import FeatureSpec
-from state.process import killpoints
 from state.registry.control import HeldUpdate, hold, release, start
 from state.registry.registry import Registry
 from tests.deploy.operating import NOW_MS, Operator, draft, files
+from tests.kills import killed_at
 
 HOUR_MS = 3_600_000
 FLAGS = ("--retrain.every", "4h", "--retrain.days", "2", "--retrain.rows", "1000")
-
-
-class Dead(BaseException):
-    """In place of kill -9."""
 
 
 class Shop:
@@ -113,20 +108,6 @@ class Shop:
 @pytest.fixture
 def shop(tmp_path: Path) -> Shop:
     return Shop(tmp_path / "state")
-
-
-@pytest.fixture
-def deaths() -> Iterator[list[str]]:
-    yield []
-    killpoints.armed = None
-
-
-def kill_at(point: str, deaths: list[str]) -> None:
-    def strike() -> None:
-        deaths.append(point)
-        raise Dead
-
-    killpoints.armed = killpoints.Armed(point, 1, strike)
 
 
 def test_one_begins_when_it_is_due_and_never_two_and_missed_times_are_not_made_up_for(shop: Shop) -> None:
@@ -280,24 +261,24 @@ def test_a_held_trial_is_reported_as_held_and_nothing_is_decided_by_its_comparis
 
 @pytest.mark.parametrize("difference", [-0.5, 0.5])
 @pytest.mark.parametrize("point", ["retrain.due", "retrain.begun", "retrain.judged"])
-def test_killed_anywhere_it_goes_on_there(shop: Shop, deaths: list[str], point: str, difference: float) -> None:
+def test_killed_anywhere_it_goes_on_there(shop: Shop, point: str, difference: float) -> None:
     shop.learn()
     shop.step()
-    if point != "retrain.judged":
-        kill_at(point, deaths)
-        with pytest.raises(Dead):
+    if point == "retrain.judged":
+        assert shop.step(4 * HOUR_MS)
+    else:
+        with killed_at(point):
             shop.step(4 * HOUR_MS)
-    assert shop.step(0 if deaths else 4 * HOUR_MS)
+        assert shop.step()
     (trial,) = shop.all()
     shop.publish(trial.name)
     shop.compare(trial.name, difference)
     if point == "retrain.judged":
-        kill_at(point, deaths)
-        with pytest.raises(Dead):
+        with killed_at(point):
             shop.step()
         assert shop.known.under_way and shop.is_wanted
     assert not shop.step(60_000)
-    assert deaths == [point] and shop.known.outcome == ("promoted" if difference < 0 else "dropped")
+    assert shop.known.outcome == ("promoted" if difference < 0 else "dropped")
     control = shop.live.control()
     assert control is not None and control.epoch == (2 if difference < 0 else 1)
     assert "by " not in shop.known.reason[:3] and shop.known.reason[:6] in ("better", "worse:")

@@ -18,9 +18,9 @@ from state.errors import SaltMismatch, SettingsError, UnknownTopic
 from state.events.identity import load_salt, user_id
 from state.features.erased import EVERYTHING
 from state.positions import Source
-from state.process import killpoints
 from state.registry.erasing import ErasureReport, report
 from tests.deploy.operating import NOW_MS, RECORDS, ROWS, TOPIC, Operator, draft
+from tests.kills import killed_at
 from tests.memory_log import MemoryLog
 
 FORMER = Source("0000001f" + "0" * 24, 0)
@@ -76,13 +76,7 @@ def test_attributes_are_taken_out_first_in_every_partition_and_again_after_a_kil
         log.topics().ensure(name, 2)
     monkeypatch.setattr(log_view, "open_log", lambda settings: log)
     words = ("erase", "--user", PLAIN, "--reason", "asked", *ATTRIBUTES)
-
-    def killed(name: str) -> None:
-        if name == "erase.attributes":
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(killpoints, "reach", killed)
+    with killed_at("erase.attributes"):
         erasing(*words)
     control = erasing.registry.control()
     assert control is not None and not control.erased

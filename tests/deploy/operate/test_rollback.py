@@ -23,10 +23,10 @@ from state.errors import (
     UnknownVersion,
 )
 from state.events.identity import load_salt, user_id
-from state.process import killpoints
 from state.registry.control import Control
 from state.rows.store import RowStore
 from tests.deploy.operating import BAIT, BOT, NOW_MS, TOPIC, Operator, draft, files, record, users_of
+from tests.kills import killed_at
 from tests.memory_log import MemoryLog
 
 LOG = Kafka().microbatches_topic
@@ -52,17 +52,12 @@ def refused(operator: Operator, error: type[SpringtideError], match: str, *words
 @pytest.mark.parametrize("mode", ["fast", "exact"])
 @pytest.mark.parametrize("at", ["control.written", "control.linked", "rollback.proposed", "rollback.answered"])
 def test_killed_at_each_step_and_typed_again_control_and_plan_are_those_of_one_that_was_not(
-    operator: Operator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, at: str
+    operator: Operator, tmp_path: Path, mode: str, at: str
 ) -> None:
     words = ("rollback", "--to", "3", "--skip", "1:360-399", "--mode", mode, "--reason", "x", "-o", "json")
     shutil.copytree(tmp_path, tmp_path / "other")
     whole = json.loads(Operator(tmp_path / "other")(*words))
-
-    def strike() -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(killpoints, "armed", killpoints.parse(at, strike))
-    with pytest.raises(KeyboardInterrupt):
+    with killed_at(at):
         operator(*words)
     for changed in (at == "control.written", False):
         document = json.loads(operator(*words))

@@ -206,17 +206,6 @@ def test_a_gap_between_batches_is_counted_and_passed(tmp_path: Path) -> None:
     following.store.close()
 
 
-def test_a_topic_made_again_is_read_from_its_beginning(tmp_path: Path) -> None:
-    """Positions belong to a topic's id; clicks that are there already are not taken twice."""
-    following = Following(tmp_path, written(record(0, 4), record(4, 5)))
-    following.drain()
-    following.store.close()
-    again = Following(tmp_path, written(record(0, 7), topic_id="ef" * 16))
-    again.drain()
-    assert again.offsets() == list(range(7))
-    again.store.close()
-
-
 def test_a_record_that_is_no_microbatch_is_left_out(tmp_path: Path) -> None:
     following = Following(tmp_path, written(record(0, 2), b"garbage", record(2, 4)))
     following.drain()

@@ -13,7 +13,6 @@ from deploy.serving.applier import HostErasures
 from state.features.erased import Erased, MaskedUsers
 from state.features.spec import FeatureSpec
 from state.layout import ROWS
-from state.process import killpoints
 from state.ranking.crosses import Crosses
 from state.registry.control import erase, follow, pin
 from state.registry.erasing import reports
@@ -24,6 +23,7 @@ from tests.deploy.serving.test_clicks import SOURCE as CLICKS
 from tests.deploy.serving.test_clicks import Following, append, record, written
 from tests.deploy.serving.test_following import BY, Clock, World
 from tests.deploy.serving.test_following import tensors as rows_of
+from tests.kills import killed_at
 
 CROSSES = Crosses(FeatureSpec())
 
@@ -56,7 +56,7 @@ def publish(world: World, changes: dict[int, float], erased: int) -> int:
 
 
 def test_no_entry_of_the_user_is_left_in_the_rows_whatever_version_wrote_it(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: World,
 ) -> None:
     first = world.publish({7: 1.0, 8: 1.0}).version
     world.publish({7: 2.0})
@@ -65,15 +65,8 @@ def test_no_entry_of_the_user_is_left_in_the_rows_whatever_version_wrote_it(
     world.settle()
     assert entries(world, 7) == 2
     erases(world, 7)
-
-    def killed(name: str) -> None:
-        if name == "apply.steered":
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(killpoints, "reach", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_at("apply.steered"):
         world.settle()
-    monkeypatch.undo()
     world.restart()
     world.settle()
     assert (entries(world, 7), world.follower.erased) == (0, 1), "also the version that answers stay at"
@@ -147,9 +140,7 @@ def test_crosses_of_the_user_go_too(world: World) -> None:
 
 
 @pytest.mark.parametrize("dies", [False, True], ids=["in one go", "killed having forgotten"])
-def test_histories_forget_and_never_take_the_clicks_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies: bool
-) -> None:
+def test_histories_forget_and_never_take_the_clicks_again(tmp_path: Path, dies: bool) -> None:
     host = Following(tmp_path / "histories", written(record(0, 30)))
     host.drain()
     erased = Erased.NOBODY.and_also(MaskedUsers.of([1]), [(CLICKS.topic, CLICKS.partition, 60)], 2, 3)
@@ -160,15 +151,8 @@ def test_histories_forget_and_never_take_the_clicks_again(
 
     (tmp_path / "registry").mkdir()
     if dies:
-
-        def killed(name: str) -> None:
-            if name == "follow.forgotten":
-                raise KeyboardInterrupt
-
-        monkeypatch.setattr(killpoints, "reach", killed)
-        with pytest.raises(KeyboardInterrupt):
+        with killed_at("follow.forgotten"):
             told().apply(erased)
-        monkeypatch.undo()
         assert reports(tmp_path / "registry") == []
     for _ in range(2):
         host.follower._erased = erased

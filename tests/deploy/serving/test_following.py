@@ -338,25 +338,11 @@ def test_a_damaged_copy_of_a_program_is_copied_again(world: World) -> None:
     assert copy.read_bytes() == b"a program"
 
 
+ACTIONS = ("publish", "remove", "compact", "pin", "roll back", "follow", "restart", "sweep", "expire")
+OF_RECENT_ONES = ("recent", "recent", "recent", "both", "lose recent", "kill")
 OPERATIONS = st.lists(
     st.tuples(
-        st.sampled_from(
-            [
-                *(
-                    "publish",
-                    "publish",
-                    "remove",
-                    "compact",
-                    "pin",
-                    "roll back",
-                    "follow",
-                    "restart",
-                    "sweep",
-                    "expire",
-                ),
-                *("recent", "recent", "recent", "both", "lose recent", "kill"),
-            ]
-        ),
+        st.sampled_from(("publish", *ACTIONS, *OF_RECENT_ONES)),
         st.integers(0, 20),
         st.integers(0, 9),
     ),

@@ -13,9 +13,9 @@ import pytest
 from deploy.serving.host_files import CLOCK_EXTRA, item_extra
 from state.features.mask import ClickColumns, Mask
 from state.microbatch.codec import decode, encode
-from state.process import killpoints
 from state.registry.log_line import WHOLE, LogLine, turned
 from tests.deploy.serving.test_clicks import LOG, SOURCE, Following, append, record, written
+from tests.kills import Killed, armed
 
 HISTORY = 40
 # Three users; each had more than it keeps when the poison came.
@@ -79,18 +79,14 @@ def test_histories_go_back_and_on_from_however_far_they_had_come(
     append(log, *written_already)
     for _ in range(had):
         ours.follower.step(0.0)
-
-    def strike() -> None:
-        raise KeyboardInterrupt
-
-    if at:
-        monkeypatch.setattr(killpoints, "armed", killpoints.parse(at, strike))
-        try:
-            turn(ours, line)
-        except KeyboardInterrupt:
-            ours.store.close()
-            ours = Following(tmp_path / "ours", log, history=HISTORY)
-    assert turn(ours, line) or at
+    try:
+        with armed(at):
+            went = turn(ours, line)
+    except Killed:
+        ours.store.close()
+        ours = Following(tmp_path / "ours", log, history=HISTORY)
+        went = turn(ours, line)
+    assert went or at
     following = json.loads(ours.store.extra("microbatches") or b'{"next": {"0": 0}}')["next"]["0"]
     shown = ours.metrics.history_epoch, ours.metrics.microbatch_lag_records
     assert [one._value.get() for one in shown] == [2, log.topics().ends(LOG)[0][1] - following]

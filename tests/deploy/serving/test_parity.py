@@ -25,8 +25,8 @@ from state.history.appends import Appends
 from state.history.store import HistoryStore
 from state.metrics import ApplierMetrics
 from state.microbatch.batch import Header
-from state.microbatch.codec import decode, encode
-from state.registry.log_line import WHOLE, turned
+from state.microbatch.codec import encode
+from state.registry.log_line import WHOLE
 from streaming.profile import Profiler
 from streaming.rows import leave_out
 from tests.memory_log import MemoryLog
@@ -247,27 +247,6 @@ def test_masked_clicks_are_left_out_of_both(tmp_path: Path, clicks: Clicks, host
     late.drain()
     assert late.counted["unknown"] > 10
     assert late.counted["differs"] == 0
-
-
-def test_after_an_exact_rollback_what_is_read_again_is_trained_and_answered_alike(
-    tmp_path: Path, clicks: Clicks, host: Open
-) -> None:
-    """The stream goes back and leaves the masked clicks out; so do the host's histories, full ones too."""
-    records, place = streamed(tmp_path / "stream", clicks), 50
-    marks = {part.source: part.next for value in records[:place] for part in decode(value).header.ranges}
-    first = marks[SOURCES[0]]
-    mask = Mask(3, offsets=((SOURCES[0].topic, 0, first, first + 20),))
-    ours = host(records)
-    ours.drain()
-    line = turned(WHOLE, 1, place, len(records), tuple(marks.items()))
-    assert ours.follower.follow_branch(line, mask, lambda at: ours.log.reader(LOG, [0], {0: at}))
-    compared = sum(ours.counted.values())
-    again = streamed(tmp_path / "again", clicks, mask, epoch=2)[place:]
-    append(ours, again)
-    ours.drain()
-    with_rows = sum(len(decode(value)) > 0 for value in again)
-    assert ours.counted == {"equal": compared + with_rows, "differs": 0, "unknown": 0}
-    assert ours.store.totals["masked"] == 20
 
 
 def test_rows_of_another_feature_spec_are_unknown(tmp_path: Path, clicks: Clicks, host: Open) -> None:

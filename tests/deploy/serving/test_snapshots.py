@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -28,15 +25,9 @@ from state.history import snapshots
 from state.history.appends import Appends
 from state.history.rewinding import branch_extra
 from state.history.store import HistoryStore
-from state.log import Topics, Writer
 from state.metrics import ApplierMetrics
-from state.positions import Source
-from state.registry.control import start
 from state.registry.controls import ControlPoll
 from state.registry.log_line import WHOLE, turned
-from state.registry.registry import Registry
-from tests import forked
-from tests.conftest import KafkaFactory
 from tests.deploy.serving.test_clicks import EVENTS, LOG, MAP, SOURCE, Following, append, record, written
 from tests.deploy.serving.test_rest import until
 
@@ -272,65 +263,3 @@ def test_a_snapshot_beyond_the_budget_is_not_written(tmp_path: Path, caplog: pyt
             time.sleep(0.01)
     assert "raise storage.budget_gb" in caplog.text
     assert not host.location.names(snapshots.FILES)
-
-
-@pytest.mark.nightly
-def test_processes_that_are_killed_while_they_write_and_load_end_with_equal_histories(
-    kafka_settings: KafkaFactory, tmp_path: Path
-) -> None:
-    """The log has lost its beginning by the time at which the second host starts."""
-    kafka, registry = kafka_settings(), tmp_path / "registry"
-    Registry(registry).propose(start(actor="ann", reason="a test", now_ms=1))
-
-    @contextmanager
-    def applier(name: str, kill_at: str = "") -> Iterator[tuple[forked.Popen, Path]]:
-        log = tmp_path / f"{name}.log"
-        environment = os.environ | {
-            "SPRINGTIDE_PATHS_STATE": str(tmp_path / name), "SPRINGTIDE_PATHS_REGISTRY": str(registry),
-            "SPRINGTIDE_KAFKA_BOOTSTRAP_SERVERS": kafka.bootstrap_servers, "SPRINGTIDE_SERVING_METRICS_PORT": "0",
-            "SPRINGTIDE_KAFKA_MICROBATCHES_TOPIC": kafka.microbatches_topic,
-            "SPRINGTIDE_HISTORY_SNAPSHOT_EVERY_S": "1", "SPRINGTIDE_KILL_AT": kill_at,
-        }  # fmt: skip
-        with log.open("a") as errors:
-            process = forked.Popen([sys.executable, "-m", "deploy.serving.applier"], env=environment, stderr=errors)
-        try:
-            yield process, log
-        finally:
-            process.kill()
-            process.wait()
-
-    def histories(name: str) -> tuple[str, dict[Source, dict[str, int]]]:
-        store = HistoryStore(tmp_path / name / "serving" / "histories", map_bytes=MAP, readonly=True)
-        try:
-            return store.digest(), store.counts()
-        finally:
-            store.close()
-
-    location = snapshots.location_of(settings_in(tmp_path, paths=Paths(registry=str(registry))))
-    with Topics(kafka) as topics, Writer(kafka) as writer:
-        topics.ensure(kafka.microbatches_topic, 1, {})
-
-        def send(first: int, next_: int) -> None:
-            writer.send(kafka.microbatches_topic, 0, None, record(first, next_))
-            writer.flush()
-
-        send(0, 400)
-        for point in ("snapshot.file", "snapshot.written:2"):
-            with applier("one", point) as (process, _):
-                assert process.wait(timeout=60) == -9
-        (first,) = snapshots.numbers(location)
-        with applier("one") as (process, _):
-            send(400, 700)
-            until(lambda: snapshots.newest(location).sources == {str(SOURCE): 700})  # type: ignore[union-attr]
-            topics.delete_before(kafka.microbatches_topic, {0: 1})
-            with applier("two", "snapshot.share:3") as (other, _):
-                assert other.wait(timeout=60) == -9
-            with applier("two") as (other, log):
-                send(700, 800)
-                until(lambda: "are from snapshot" in log.read_text())
-                for each, name in ((process, "one"), (other, "two")):
-                    until(lambda name=name: histories(name)[1][SOURCE]["next"] == 800)  # type: ignore[misc]
-                    each.send_signal(signal.SIGTERM)
-                    assert each.wait(timeout=60) == 0
-    assert histories("one") == histories("two")
-    assert first in snapshots.numbers(location)

@@ -6,6 +6,7 @@ import json
 import os
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from state.registry.registry import Registry
 from tests.disks import forget_memory
 from tests.e2e.hosts import ServingHost
 from tests.e2e.running import Loop, counting, led_by, until
-from tests.e2e.test_many_hosts import USER, reached
 
 
 def test_the_first_answer_comes_while_up_says_each_step(loop: Loop) -> None:
@@ -50,24 +50,6 @@ def test_a_burst_in_a_category_that_never_existed_leads_the_answer(loop: Loop) -
     assert 0.0 <= answer["engagement"]["probability"] <= 1.0
 
 
-def test_an_answer_says_all_that_it_rests_on(loop: Loop) -> None:
-    user = "grace-of-the-fields"
-    ends = loop.click([(user, "kettle", "kitchen", "view")] * 3)
-    answer = loop.answer_trained_on(user, ends, counting("view.count_1h", 3))
-    assert answer["user_id"] == user
-    assert len(answer["vector"]) == 128
-    assert answer["version"]["number"] > 0
-    assert answer["version"]["epoch"] >= 1
-    assert 0.0 <= answer["version"]["age_s"] < 60.0
-    assert answer["clock"] == "event"
-    assert abs(sum(interest["probability"] for interest in answer["interests"]) - 1.0) < 1e-3
-    probabilities = [interest["probability"] for interest in answer["interests"]]
-    assert probabilities == sorted(probabilities, reverse=True)
-    assert len(answer["features"]) == 128
-    assert all(isinstance(value, int) for value in answer["features"].values())
-    assert answer["features"]["purchase.count_1h"] == 0
-
-
 def test_a_new_item_is_recommended_soon_after_its_first_click(loop: Loop) -> None:
     """To somebody else who looks into its category; `tests.bench.recommend` says how soon."""
     item = f"item-born-at-{time.time_ns()}"
@@ -78,21 +60,6 @@ def test_a_new_item_is_recommended_soon_after_its_first_click(loop: Loop) -> Non
         return status == 200 and f"{public_id(item):016x}" in {one["id"] for one in answer["items"]}
 
     until(is_recommended, "the new item is not recommended")
-
-
-def test_a_refused_record_is_counted_with_its_reason_and_holds_nobody_up(loop: Loop) -> None:
-    name = "springtide_stream_dead_letters_total"
-    before = loop.metrics("stream").by(name, "reason").get("undecodable", 0.0)
-    writer = Writer(loop.settings.kafka)
-    writer.send(loop.settings.kafka.clicks_topic, 0, None, b"no json")
-    writer.flush()
-    writer.close()
-    until(
-        lambda: loop.metrics("stream").by(name, "reason").get("undecodable", 0.0) == before + 1,
-        "the dead letter is not counted",
-    )
-    user = "linus-after-the-dead-letter"
-    loop.answer_trained_on(user, loop.click([(user, "pen", "office", "view")]))
 
 
 def test_a_clock_that_is_50_minutes_ahead_is_its_own_users_business(loop: Loop) -> None:
@@ -146,6 +113,19 @@ def test_what_the_loop_writes_is_its_owners_alone(loop: Loop) -> None:
     assert open_to_others == []
 
 
+USER = "one-of-two-hosts@example.org"
+
+
+def both_answer(loop: Loop, host: ServingHost, wanted: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """The answers of both hosts about the user, once each is as wanted."""
+
+    def found() -> list[dict[str, Any]] | None:
+        answers = [loop.profile(USER), host.profile(USER)]
+        return [one for one in answers if one] if all(one and wanted(one) for one in answers) else None
+
+    return until(found, host.said)
+
+
 def test_a_second_host_learns_from_clicks_and_a_pin_makes_answers_equal(loop: Loop, tmp_path: Path) -> None:
     loop.springtide("follow", "--reason", "a test begins")
     host = ServingHost("second", tmp_path / "second", loop, {})
@@ -153,17 +133,15 @@ def test_a_second_host_learns_from_clicks_and_a_pin_makes_answers_equal(loop: Lo
     try:
         ends = loop.click([(USER, "lamp", "light", "purchase")] * 7)
         learned = loop.answer_trained_on(USER, ends)["version"]["number"]
-        both = [loop.profile, host.profile]
-        reached(
-            both,
-            lambda one: one["version"]["number"] >= learned and one["features"]["purchase.count_7d"] == 7,
-            host.said,
-        )
+
+        def has_learned(answer: dict[str, Any]) -> bool:
+            return answer["version"]["number"] >= learned and answer["features"]["purchase.count_7d"] == 7
+
+        both_answer(loop, host, has_learned)
         pinned = loop.springtide("pin", str(loop.kept()[0]), "--reason", "a test")
         number = pinned["control"]["serving"]["version"]
-        answers = reached(both, lambda one: one["version"]["number"] == number, host.said)
-        moment = str(answers[0]["at_ms"])
-        first, second = (ask(USER, at=moment) or {} for ask in both)
+        moment = str(both_answer(loop, host, lambda one: one["version"]["number"] == number)[0]["at_ms"])
+        first, second = (one.profile(USER, at=moment) or {} for one in (loop, host))
         for answer in (first, second):
             del answer["version"]["age_s"]
         for ours, theirs in zip(first["interests"], second["interests"], strict=True):
@@ -171,7 +149,7 @@ def test_a_second_host_learns_from_clicks_and_a_pin_makes_answers_equal(loop: Lo
             theirs["label"] = ours["label"] if theirs["label"] == theirs["id"] else theirs["label"]
         assert first == second
         loop.springtide("follow", "--reason", "a test ends")
-        reached(both, lambda one: one["version"]["number"] > number, host.said)
+        both_answer(loop, host, lambda one: one["version"]["number"] > number)
     finally:
         host.stop()
         forget_memory(tmp_path)

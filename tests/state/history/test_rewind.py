@@ -17,8 +17,8 @@ from state.history.waiting import WaitingRows, key_of
 from state.microbatch.batch import Header, Kind, MicroBatch, counts_by_range, happened
 from state.microbatch.codec import decode, encode
 from state.positions import Range, Source
-from state.process import killpoints
 from state.registry.log_line import WHOLE, LogLine, has, turned
+from tests.kills import killed_at
 from tests.memory_log import MemoryLog
 from tests.microbatches import columns
 
@@ -233,17 +233,10 @@ def test_users_who_were_taken_out_since_are_rebuilt_from_the_log(tmp_path: Path)
 
 
 @pytest.mark.parametrize("at", ["back.found", "back.committed"])
-def test_a_crash_in_between_leaves_the_old_or_the_new_and_a_restart_the_new(
-    tmp_path: Path, at: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_crash_in_between_leaves_the_old_or_the_new_and_a_restart_the_new(tmp_path: Path, at: str) -> None:
     writer, line, then = full(tmp_path)
     before = content(writer.store)
-
-    def strike() -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(killpoints, "armed", killpoints.parse(at, strike))
-    with pytest.raises(KeyboardInterrupt):
+    with killed_at(at):
         writer.back(line)
     assert content(writer.store) == (before if at == "back.found" else then)
     writer.back(line)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -23,26 +21,9 @@ from state.history.snapshots import HistorySnapshot, Wanted
 from state.history.store import HistoryStore
 from state.log.follow import Position
 from state.positions import Range, Source
-from state.process import killpoints
 from state.registry.log_line import WHOLE, LogLine, turned
 from state.user_shares import SHARES, UserShares
-
-
-class Killed(Exception):
-    """What a kill point raises instead of killing the process."""
-
-
-@contextmanager
-def killed_at(point: str, visit: int) -> Iterator[None]:
-    """The block is expected to end at a kill point."""
-
-    def strike() -> None:
-        raise Killed
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(killpoints, "armed", killpoints.parse(f"{point}:{visit}", strike))
-        yield
-
+from tests.kills import killed_at
 
 MAP, HISTORY, LOG = 1 << 26, 32, "cd" * 16
 SOURCE = Source("ab" * 16, 0)
@@ -258,7 +239,7 @@ def test_a_killed_writer_leaves_the_snapshots_before_it(point: str, visit: int, 
     host.click(2000)
     first = host.snapshot()
     host.click(2000)
-    with killed_at(point, visit if point == "snapshot.file" else 1):
+    with killed_at(f"{point}:{visit if point == 'snapshot.file' else 1}"):
         host.snapshot()
     made = snapshots.newest(host.location)
     assert made is not None and (made.number > first.number) == (point == "snapshot.named")
@@ -279,7 +260,7 @@ def test_a_killed_load_is_begun_again(point: str, visit: int, tmp_path: Path) ->
     host, loaded = Host(tmp_path), HistoryStore(tmp_path / "other", HISTORY, MAP)
     host.click(4000)
     host.snapshot()
-    with killed_at(point, visit):
+    with killed_at(f"{point}:{visit}"):
         snapshots.load_newest(host.location, host.wanted(), loaded)
     assert loaded.is_loading == (not loaded.positions()) == (point != "snapshot.loaded")
     snapshots.load_newest(host.location, host.wanted(), loaded)
@@ -316,7 +297,7 @@ def test_a_removal_that_is_killed_is_completed_by_the_next_one(tmp_path: Path) -
         host.last, host.gained = None, []
         host.snapshot()
     first, second, third = snapshots.numbers(host.location)
-    with killed_at("snapshot.unnamed", 1):
+    with killed_at("snapshot.unnamed"):
         snapshots.remove(host.location, [first, second], 0)
     for number in snapshots.numbers(host.location):
         snapshots.load(host.location, snapshots.read(host.location, number), host.other(f"other{number}"))

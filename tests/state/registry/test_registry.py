@@ -26,6 +26,7 @@ from state.registry.manifest import Draft, LogRange, Manifest, sees
 from state.registry.model_fit import require_same_salt
 from state.registry.registry import MOST_BETWEEN, SERVING, Registry
 from tests.disks import folder_in_memory
+from tests.kills import killed_at
 
 WHO = {"actor": "ann", "reason": "because", "now_ms": 5}
 SOURCE = Source("ab" * 16, 1)
@@ -403,20 +404,12 @@ def test_numbers_go_on_after_any_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("point", ["recent.numbered", "recent.written", "recent.renamed"])
-def test_a_kill_at_any_step_uses_no_number_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str) -> None:
-    class Killed(BaseException):
-        pass
-
-    def strike() -> None:
-        raise Killed
-
+def test_a_kill_at_any_step_uses_no_number_twice(tmp_path: Path, point: str) -> None:
     registry = started(tmp_path, 1)
     used = publish_recent(registry, 1).version
-    monkeypatch.setattr(killpoints, "armed", killpoints.parse(point, strike))
-    with pytest.raises(Killed):
+    with killed_at(point):
         registry.sweep_recent()
         publish_recent(registry, 1)
-    monkeypatch.setattr(killpoints, "armed", killpoints.parse("", strike))
     seen = {used, *Registry(tmp_path).recents()}
     again = Registry(tmp_path)
     again.sweep_recent()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,6 @@ from state.errors import ControlConflict, CorruptVersion, LockHeld, SettingsErro
 from state.features.erased import MaskedUsers
 from state.features.mask import Mask
 from state.file_store import FileStore, open_store
-from state.process import killpoints
 from state.process.wall_clock import wall_ms
 from state.registry import hosts
 from state.registry.claim import LEASE_S, Claim, Silence
@@ -37,14 +35,11 @@ from state.registry.sync import (
     renew,
     require_newest,
 )
+from tests.kills import Killed, armed, killed_at
 from tests.state.registry.hosts import WHO, CopyHost, Elapsed, Link, Origin
 
 POINTS_OF_SENDER = ("share.pack", "share.file", "share.manifest", "share.named", "share.unnamed")
 POINTS_OF_COPIER = ("copy.control", "copy.pack", "copy.named", "copy.small")
-
-
-class Dead(BaseException):
-    """In place of kill -9."""
 
 
 @pytest.fixture
@@ -60,16 +55,6 @@ def origin(tmp_path: Path, url: str) -> Origin:
 @pytest.fixture
 def host(tmp_path: Path, url: str) -> CopyHost:
     return CopyHost(tmp_path / "host", url, open_store(url))
-
-
-@pytest.fixture
-def armed() -> Iterator[None]:
-    yield
-    killpoints.armed = None
-
-
-def strike() -> None:
-    raise Dead
 
 
 def publish_and_send(origin: Origin) -> None:
@@ -187,7 +172,6 @@ def test_a_host_that_was_away_finds_what_came_and_what_went(origin: Origin, host
     assert not [name for name in origin.place.names("bases") if name.startswith("000000000001")]
 
 
-@pytest.mark.usefixtures("armed")
 @pytest.mark.parametrize("point", POINTS_OF_SENDER)
 @pytest.mark.parametrize("passed", [1, 2, 3])
 def test_a_sender_that_is_killed_anywhere_leaves_only_whole_versions(
@@ -198,13 +182,8 @@ def test_a_sender_that_is_killed_anywhere_leaves_only_whole_versions(
     origin.publish_recent(newest)
     origin.registry.remove_delta(3)
     origin.publish(None)
-    killpoints.armed = killpoints.parse(f"{point}:{passed}", strike)
-    died = False
-    try:
+    with suppress(Killed), armed(f"{point}:{passed}"):
         origin.send()
-    except Dead:
-        died = True
-    killpoints.armed = None
     host.look()
     for version in host.registry.versions():
         part = host.registry.manifest(version)
@@ -213,13 +192,12 @@ def test_a_sender_that_is_killed_anywhere_leaves_only_whole_versions(
     origin.restart()
     origin.send()
     host.look()
-    assert host.registry.versions() == origin.registry.versions(), f"died: {died}"
+    assert host.registry.versions() == origin.registry.versions()
     assert origin.place.names("versions") == sorted(
         f"{path.parent.name}/{path.name}" for path in (origin.registry.path / "versions").rglob("*.*")
     )
 
 
-@pytest.mark.usefixtures("armed")
 @pytest.mark.parametrize("point", POINTS_OF_COPIER)
 def test_a_copier_that_is_killed_anywhere_goes_on(origin: Origin, host: CopyHost, point: str) -> None:
     publish_and_send(origin)
@@ -227,10 +205,8 @@ def test_a_copier_that_is_killed_anywhere_goes_on(origin: Origin, host: CopyHost
     origin.registry.generations.add_outcome(1, "planned", {"a": 1})
     exchange_small(origin.registry, origin.place)
     origin.send()
-    killpoints.armed = killpoints.parse(point, strike)
-    with suppress(Dead):
+    with suppress(Killed), armed(point):
         host.look()
-    killpoints.armed = None
     host.restart()
     host.look()
     assert host.registry.versions() == origin.registry.versions()
@@ -347,15 +323,12 @@ def test_of_two_operators_on_two_hosts_one_wins_and_both_know(
         assert [each.actor for each in one.controls()] == ["ann", "ann", "bob"]
 
 
-@pytest.mark.usefixtures("armed")
 def test_an_operator_who_was_killed_behind_the_place_has_decided(origin: Origin, host: CopyHost) -> None:
     host.look()
     now = host.registry.control()
     assert now is not None
-    killpoints.armed = killpoints.parse("control.shared", strike)
-    with pytest.raises(Dead):
+    with killed_at("control.shared"):
         host.registry.propose(pin(now, 1, **WHO))
-    killpoints.armed = None
     host.look()
     found = host.registry.control()
     assert found is not None and (found.generation, found.serving.version) == (2, 1)

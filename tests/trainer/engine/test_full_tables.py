@@ -11,8 +11,6 @@ from state.microbatch.batch import MicroBatch
 from tests.trainer.engine.test_crosses import NAMES, fresh, impressions
 from tests.trainer.engine.test_step import digests, learned
 from trainer.engine.step import Trainer
-from trainer.verify import first_difference
-from trainer.versions import checkpoint, content
 
 ROWS, CROSSES_OF_A_ROW, STEPS, HOUR_MS = 96, 10, 8, 3_600_000
 
@@ -44,28 +42,6 @@ def test_no_table_is_ever_above_its_cap_nor_what_waits(admit_after: int) -> None
     # Nothing is old enough to expire: all of these were evicted, of rows or of what waits.
     assert left["user"] > 30 and left["item"] > 30 and left["cross"] > 400
     assert trainer.tables["cross"].max_rows == CROSSES_OF_A_ROW * ROWS and trainer.tables["category"].max_rows == ROWS
-
-
-@pytest.mark.parametrize("admit_after", [1, 2])
-def test_the_bits_are_those_of_another_layout_and_of_a_restart_with_full_tables(admit_after: int) -> None:
-    batches = log()
-    whole = digests(learned(batches, small(64, ROWS, admit_after)))
-    assert digests(learned(batches, small(4096, ROWS, admit_after))) == whole
-    half = checkpoint.full(learned(batches[:5], small(64, ROWS, admit_after)))
-    again = small(4096, ROWS, admit_after)
-    checkpoint.load(again, content.decode(content.encode(half).values()))
-    assert digests(learned(batches[5:], again)) == whole
-
-
-def test_merged_versions_are_the_state_with_its_tombstones() -> None:
-    trainer = small(64)
-    parts, removed = [checkpoint.full(trainer)], 0
-    for batch in log():
-        trainer.step(batch)
-        parts.append(checkpoint.changes(trainer))
-        removed += len(parts[-1]["user.removed"]) + len(parts[-1]["cross.removed"])
-    assert removed > ROWS
-    assert first_difference(content.merge(parts), checkpoint.full(trainer)) is None
 
 
 def test_a_cap_that_is_not_reached_changes_no_bit() -> None:
