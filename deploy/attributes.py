@@ -23,8 +23,8 @@ from state.config.sources import split_settings
 from state.errors import DecodeError, SettingsError
 from state.log import Topics, topic_plan
 from state.process.commands import parser_of
+from state.process.environment import wall_ms
 from state.process.part import stop_on_signals
-from state.process.wall_clock import wall_ms
 from state.recordings.files import Recording, find
 from state.recordings.rows import RecordedRows, shown_reasons
 

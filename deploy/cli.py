@@ -18,9 +18,9 @@ from state.config.loading import load
 from state.config.settings import SECTIONS, KnownSetting, Settings, as_text, known_settings, variable
 from state.config.sources import MASK, nearest, nearest_setting, split_settings
 from state.errors import SettingsError
+from state.process.environment import wall_ms
 from state.process.private_files import keep_private
 from state.process.user_code import for_children
-from state.process.wall_clock import wall_ms
 
 SERVERS = "kafka.bootstrap_servers"
 

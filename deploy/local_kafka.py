@@ -20,8 +20,8 @@ from pathlib import Path
 from deploy.java_jars import KAFKA
 from deploy.supervisor import end
 from state.errors import KafkaFailed, reason_of
+from state.process.network import HOST, Port, free_port, listens, require_ports
 from state.process.part import die_with
-from state.process.ports import HOST, Port, free_port, listens, require_ports
 
 
 def properties(port: int, controller_port: int, data_dir: Path, retention_h: float) -> str:

@@ -35,9 +35,9 @@ from state.log import Topics
 from state.metrics import ProbeMetrics, served
 from state.process import log_lines
 from state.process.commands import parser_of
+from state.process.environment import wall_ms
 from state.process.log_lines import SaidOnce
 from state.process.part import stop_on_signals
-from state.process.wall_clock import wall_ms
 
 POLL_S = 0.02
 DECODER = "state.events.decoding:decode_json"

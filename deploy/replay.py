@@ -34,8 +34,8 @@ from state.disk.lock import DirectoryLock
 from state.errors import LogError, SettingsError
 from state.log import Topics, topic_plan
 from state.process.commands import parser_of
+from state.process.environment import wall_ms
 from state.process.part import stop_on_signals
-from state.process.wall_clock import wall_ms
 from state.recordings.crowd import as_utc
 from state.recordings.files import as_settings, chosen, digest
 from state.recordings.rows import NO_TIME, mapped_fields, shown_reasons

@@ -23,8 +23,8 @@ from state.config.loading import load
 from state.config.settings import Settings
 from state.errors import SettingsError, SpringtideError
 from state.process.commands import parser_of
+from state.process.environment import wall_ms
 from state.process.part import stop_on_signals
-from state.process.wall_clock import wall_ms
 from state.registry.control import Control
 from state.registry.registry import Registry
 

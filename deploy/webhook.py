@@ -38,8 +38,8 @@ from deploy.serving.requests.http import (
 from deploy.serving.requests.server import ConnectionLimits, DrainingServer, listen
 from state.config.settings import Settings
 from state.errors import BadRequest, SpringtideError, UnknownVersion
+from state.process.environment import wall_ms
 from state.process.part import run_part
-from state.process.wall_clock import wall_ms
 from state.registry import control as transitions
 from state.registry.registry import Registry
 

@@ -23,8 +23,8 @@ from state.config.sources import split_settings
 from state.errors import SettingsError
 from state.process import log_lines
 from state.process.commands import parser_of
+from state.process.environment import wall_ms
 from state.process.part import quiet_stderr, run_command, stop_on_signals, while_read
-from state.process.wall_clock import wall_ms
 from state.recordings.files import as_settings, chosen
 
 if TYPE_CHECKING:

@@ -43,7 +43,7 @@ from evaluation.baselines import (
 from evaluation.measures import OURS
 from springtide_client.answers import Recommendations
 from state.attributes.store import AttributeStore
-from state.compiled.mixing import mixed
+from state.compiled import mixed
 from state.config.settings import Settings
 from state.events.identity import Salt
 from state.features.spec import Events, FeatureSpec
@@ -52,7 +52,7 @@ from state.history.store import HistoryStore
 from state.layout import HISTORIES, PROGRAMS, ROWS
 from state.metrics import ApplierMetrics
 from state.microbatch.batch import MicroBatch, happened, in_log_time, trained
-from state.process.wall_clock import wall_ms
+from state.process.environment import wall_ms
 from state.ranking.item_scores import SOURCES, scores_without
 from state.registry.manifest import Draft, Kind, LogRange, complete
 from state.rows.store import RowStore

@@ -35,7 +35,7 @@ from state.log import PartitionBatch
 from state.metrics import StreamMetrics
 from state.microbatch.batch import MicroBatch
 from state.microbatch.codec import decode
-from state.process.wall_clock import wall_ms
+from state.process.environment import wall_ms
 from state.recordings.files import Recording
 from state.recordings.rows import NO_TIME, shown_reasons
 from streaming.attributes import Join

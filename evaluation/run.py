@@ -25,8 +25,8 @@ from state.errors import SettingsError
 from state.events.parser import EventBatch
 from state.features.spec import FeatureSpec
 from state.microbatch.batch import MicroBatch, happened
+from state.process.log_lines import ProgressLine, bar
 from state.process.part import quiet_stderr
-from state.process.progress_line import ProgressLine, bar
 from state.recordings.rows import shown_reasons
 from streaming.preprocessing import SAMPLE_ROWS, analysed, load_preprocessing
 from trainer.device import prepare

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from state import http
 from state.config.settings import Settings
 from state.errors import FlinkFailed
+from state.process import network
 
 TIMEOUT_S = 10.0
 ENDED = ("FINISHED", "CANCELED", "FAILED")
@@ -74,7 +74,7 @@ class JobManager:
 
     def answers(self) -> bool:
         """Whether it responds."""
-        return http.ask(f"{self.url}/overview", 1.0)[0] == 200
+        return network.ask(f"{self.url}/overview", 1.0)[0] == 200
 
     def overview(self) -> Overview:
         """The cluster and all its jobs; takes two further requests per job."""
@@ -163,7 +163,7 @@ class JobManager:
     def _ask(self, path: str, body: object = None, method: str | None = None) -> Any:
         content = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, content, {"Content-Type": "application/json"}, method=method)
-        status, answer = http.ask(request, TIMEOUT_S)
+        status, answer = network.ask(request, TIMEOUT_S)
         if status == 0:
             raise FlinkFailed(
                 f"no JobManager answers at {self.url} ({answer})",

@@ -26,7 +26,7 @@
     ├── stream-0/                lock, writer (the transactional id)   streaming/writer.py
     │   ├── leaders.json                                          streaming/accounts.py
     │   ├── histories            the stream's store; while the stream runs, a link to the store in memory
-    │   │                        state/history/store.py, state/disk/memory_place.py, memory_store.py
+    │   │                        state/history/store.py, state/disk/memory_place.py, lmdb_store.py
     │   ├── histories.link, .saving   copies on their way into and out of memory
     │   ├── histories.rebuilding, .rebuilt, .bad<n>               streaming/histories.py
     │   └── attributes/                                           state/attributes/store.py

@@ -27,7 +27,6 @@ from state import metrics
 from state.attributes.follower import AttributeFollower, Report
 from state.attributes.store import AttributeStore
 from state.attributes.values import tables_of
-from state.compiled.preparing import Kernels
 from state.config.settings import Settings
 from state.events.identity import Salt
 from state.events.parser import EventBatch, Parser
@@ -36,6 +35,7 @@ from state.features.spec import FeatureSpec
 from state.history.rewinding import branch_of
 from state.history.store import HistoryStore
 from state.history.waiting import Changes, Extra
+from state.kernels import Kernels
 from state.layout import ATTRIBUTES
 from state.log import KERNELS, Log, PartitionBatch, Reader, TopicInfo, Topics, topic_plan
 from state.log.accepted_gaps import Consent
@@ -43,7 +43,7 @@ from state.log.follow import Position
 from state.metrics import StreamMetrics
 from state.positions import Gap
 from state.process import killpoints
-from state.process.wall_clock import wall_ms
+from state.process.environment import wall_ms
 from state.registry.sharing import copying
 from state.storage.shares import STREAM, map_bytes, offer
 from state.storage.waiting import Room

@@ -22,10 +22,10 @@ from pathlib import Path
 
 from state import layout
 from state.config.settings import Settings
-from state.disk import clean_mark, memory_place
 from state.disk import files as durable
+from state.disk import memory_place
+from state.disk.lmdb_store import leave_memory
 from state.disk.lock import DirectoryLock
-from state.disk.memory_store import bring_back
 from state.errors import CorruptStore, SaltMismatch, SpecMismatch
 from state.events.identity import Salt, own_salt
 from state.features.spec import FeatureSpec
@@ -92,13 +92,13 @@ def is_lost(folder: Path) -> bool:
     store = folder / HISTORIES
     if memory_place.target_of(store) is not None and not store.exists():
         return True
-    mark = clean_mark.read(store / MARK)
-    return mark is not None and not mark.trusts(clean_mark.boot_id())
+    mark = durable.read_clean_mark(store / MARK)
+    return mark is not None and not mark.trusts(durable.boot_id())
 
 
 def set_aside(store: Path) -> Path | None:
     """Renames a store to a name that nothing opens, after moving it out of memory; None if the store is missing."""
-    bring_back(store)
+    leave_memory(store)
     if not store.exists():
         return None
     aside = next(path for number in itertools.count(1) if not (path := store.parent / f"{BAD}{number}").exists())

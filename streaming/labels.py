@@ -28,8 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from state.accounts import StreamAccount
-from state.compiled import compiled, inlined, layout
-from state.compiled.mixing import mixed
+from state.compiled import compiled, inlined, layout, mixed
 from state.config.settings import Settings
 from state.errors import CorruptStore
 from state.history.appends import Appends

@@ -30,8 +30,8 @@ from state.log.follow import read_to
 from state.metrics import StreamMetrics
 from state.microbatch.codec import END, framed
 from state.positions import Source
+from state.process.environment import wall_ms
 from state.process.part import run_part
-from state.process.wall_clock import wall_ms
 from state.recordings.crowd import RecordedTimes, described
 from state.recordings.files import Recording, constants_of, find, refuse_beyond_memory
 from state.recordings.rows import I64, EncodedRows, Encoder, joined, order

@@ -24,9 +24,8 @@ from state.config.settings import Settings
 from state.config.sources import split_settings
 from state.errors import GapError, SettingsError
 from state.log.accepted_gaps import Consent, how_to_go_on, take_options
-from state.process.actor import actor
+from state.process.environment import actor, wall_ms
 from state.process.part import Work, run_process, stop_on_signals
-from state.process.wall_clock import wall_ms
 from streaming.commit import Committer
 from streaming.context import StreamContext, open_stream
 from streaming.cut import Cut, Cutter

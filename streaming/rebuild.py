@@ -55,9 +55,9 @@ from state.microbatch.codec import decode, encode
 from state.positions import Range, Source
 from state.process import killpoints
 from state.process.commands import parser_of
+from state.process.environment import wall_ms
+from state.process.log_lines import ProgressLine, bar
 from state.process.part import Work, run_process
-from state.process.progress_line import ProgressLine, bar
-from state.process.wall_clock import wall_ms
 from state.registry.controls import ControlPoll
 from state.registry.log_line import WHOLE, counts
 from state.registry.specs import SpecActions

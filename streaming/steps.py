@@ -21,7 +21,7 @@ from state.events.parser import EventBatch
 from state.log import PartitionBatch
 from state.microbatch.batch import TOLERANCE_MS
 from state.positions import Source
-from state.process.wall_clock import wall_ms
+from state.process.environment import wall_ms
 from streaming.alignment import AlignedReader
 from streaming.context import JobContext, StreamContext
 from streaming.rows import Rows

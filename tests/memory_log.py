@@ -22,7 +22,7 @@ from state.errors import LogError, UnreachableBroker
 from state.log import PartitionBatch, TopicInfo, partition_of
 from state.log.client import fenced, made_again, require_kept, truncated, unknown_partition, unknown_topic, unreachable
 from state.log.records import Headers, Known, epoch_before, noted
-from state.process.wall_clock import wall_ms
+from state.process.environment import wall_ms
 
 LARGEST_RECORD = 1_048_588  # default max.message.bytes of Kafka's brokers
 RECORD_BYTES = 70  # size of a record in addition to key and value

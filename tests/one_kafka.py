@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from deploy.local_kafka import Broker
-from state.process.ports import free_port
+from state.process.network import free_port
 
 
 class Running(NamedTuple):

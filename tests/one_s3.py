@@ -14,7 +14,7 @@ from types import TracebackType
 import httpx
 import psutil
 
-from state.process.ports import free_port
+from state.process.network import free_port
 
 ROOT = Path(__file__).parents[1]
 PATIENCE_S = 60.0

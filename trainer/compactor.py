@@ -35,9 +35,8 @@ from state.file_store import FileStore
 from state.history import snapshots
 from state.history.snapshots import HistorySnapshot
 from state.process import killpoints
+from state.process.environment import run_in_background, wall_ms
 from state.process.part import run_part
-from state.process.resources import run_in_background
-from state.process.wall_clock import wall_ms
 from state.ranking.crosses import Crosses, crosses_of
 from state.registry.control import named
 from state.registry.directory import usable

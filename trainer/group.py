@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from state.errors import PortTaken, WorkerLost
 from state.positions import share_of
-from state.process.ports import listens
+from state.process.network import listens
 from state.user_shares import SHARES
 
 F32 = npt.NDArray[np.float32]

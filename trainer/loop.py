@@ -30,7 +30,6 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
 
-from state.compiled.preparing import Kernels
 from state.config.loading import load
 from state.config.sections import Model
 from state.config.settings import Settings
@@ -44,15 +43,14 @@ from state.errors import (
     WorkerLost,
 )
 from state.features.spec import FeatureSpec
+from state.kernels import Kernels
 from state.log import KERNELS as LOG_KERNELS
 from state.log import Log
 from state.log.accepted_gaps import Consent, in_words, take_options
 from state.metrics import TrainerMetrics, serve
-from state.process.actor import actor
+from state.process.environment import Holes, actor, freeze_objects, wall_ms
 from state.process.log_lines import SaidOnce
 from state.process.part import Work, own_stderr, quiet_stderr, quiet_tensorflow, run_process, stop_on_signals
-from state.process.resources import Holes, freeze_objects
-from state.process.wall_clock import wall_ms
 from state.registry import control as transitions
 from state.registry.claim import LEASE_S, claiming
 from state.registry.control import Control, start

@@ -23,11 +23,10 @@ from state.disk.lock import DirectoryLock
 from state.errors import RegistryError, SettingsError
 from state.features.spec import FeatureSpec
 from state.process import log_lines
-from state.process.actor import actor
 from state.process.commands import parser_of
+from state.process.environment import actor, wall_ms
 from state.process.part import quiet_stderr, run_command, while_read
 from state.process.private_files import keep_private
-from state.process.wall_clock import wall_ms
 from state.registry.control import Control, Decision
 from state.registry.manifest import Manifest
 from state.registry.model_fit import accepted, differences, going_on_to, upgrade, version_to_go_on_from

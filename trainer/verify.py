@@ -35,8 +35,8 @@ from state.log.accepted_gaps import Journal
 from state.log.follow import Position, open_topic
 from state.process import log_lines
 from state.process.commands import parser_of
+from state.process.environment import run_in_background
 from state.process.part import quiet_stderr, run_command, while_read
-from state.process.resources import run_in_background
 from state.registry.control import Control
 from state.registry.manifest import Manifest, sees
 from state.registry.model_fit import environment_differences, first_after, former_specs

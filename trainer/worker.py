@@ -22,17 +22,17 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
 
-from state.compiled.preparing import Kernels
 from state.config.loading import load
 from state.config.settings import Settings
 from state.errors import SettingsError, WorkerLost
 from state.features.spec import FeatureSpec
+from state.kernels import Kernels
 from state.log import KERNELS as LOG_KERNELS
 from state.metrics import build, serve
 from state.process.commands import parser_of
 from state.process.log_lines import SaidOnce
+from state.process.network import HOST, free_ports
 from state.process.part import Work, die_with, own_stderr, quiet_stderr, quiet_tensorflow, run_process
-from state.process.ports import HOST, free_ports
 from state.registry.model_fit import environment_differences
 from state.registry.registry import Registry
 from state.registry.sharing import copying

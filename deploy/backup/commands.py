@@ -23,8 +23,8 @@ from state.errors import DamagedBackup
 from state.features.erased import Erased
 from state.features.spec import FeatureSpec
 from state.file_store import FileStore, open_store
-from state.process.actor import actor
-from state.process.progress_line import ProgressLine
+from state.process.environment import actor
+from state.process.log_lines import ProgressLine
 
 LINE_EVERY_S = 10.0
 SALT_IN = "the salt is in this backup: anyone who reads it can link pseudonyms to users; restrict access to it"

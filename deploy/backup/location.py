@@ -24,7 +24,6 @@ from state.disk import files as durable
 from state.errors import BackupError, DamagedBackup, LockHeld
 from state.file_store import FileStore
 from state.process import killpoints
-from state.registry import sealed
 from state.registry.manifest import LogRange
 
 OBJECTS, BACKUPS, LOCK = "objects", "backups", "lock.json"
@@ -120,7 +119,7 @@ def _is_inside(path: str) -> bool:
 
 
 def _decoded(data: bytes) -> Backup:
-    backup = sealed.decode(data, Backup)
+    backup = documents.decode_sealed(data, Backup)
     if backup.format != FORMAT:
         raise ValueError(f"it is of format {backup.format}; this release reads {FORMAT}")
     for file in backup.files:

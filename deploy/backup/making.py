@@ -33,14 +33,15 @@ from deploy.backup import location, serving_start
 from deploy.backup.location import Backup, KeptFile, Lease, Objects, usable
 from state import layout
 from state.config.settings import Settings
-from state.disk import clean_mark
+from state.disk import documents
+from state.disk import files as durable
 from state.disk.lmdb_store import LmdbStore
 from state.errors import BackupError, CorruptStore, SaltMismatch, StoreError
 from state.events.identity import load_salt
 from state.file_store import FileStore
 from state.history.store import HistoryStore
 from state.process import killpoints
-from state.registry import manifest, sealed
+from state.registry import manifest
 from state.registry.control import Control, named
 from state.registry.manifest import Manifest, sees
 from state.registry.registry import DURABLE, MANIFEST, Registry
@@ -136,7 +137,7 @@ def make(settings: Settings, store: FileStore, scope: Scope, now_ms: int, progre
         # 5.
         lease.renew()
         killpoints.reach("backup.sent")
-        store.write(f"{location.BACKUPS}/{backup.id}.json", sealed.encode(backup))
+        store.write(f"{location.BACKUPS}/{backup.id}.json", documents.encode_sealed(backup))
     return backup
 
 
@@ -165,8 +166,8 @@ class _Making:
         Raises:
             CorruptStore: A power cut may have damaged them.
         """
-        mark, folder = clean_mark.read(path / layout.MARK), path.parent
-        if mark is not None and not mark.trusts(clean_mark.boot_id()):
+        mark, folder = durable.read_clean_mark(path / layout.MARK), path.parent
+        if mark is not None and not mark.trusts(durable.boot_id()):
             raise CorruptStore(
                 f"{path} was open when the machine went down, so that pages may be missing; it is not copied",
                 "start the stream first, which rebuilds it",

@@ -28,9 +28,8 @@ from deploy.backup import serving_start
 from deploy.backup.location import Backup, KeptFile, Objects, usable
 from state import layout
 from state.config.settings import Settings
-from state.disk import clean_mark
 from state.disk import files as durable
-from state.disk.clean_mark import CleanMark
+from state.disk.files import CleanMark
 from state.disk.lock import DirectoryLock
 from state.errors import BackupError, MissingSalt, SaltMismatch
 from state.events.identity import load_salt
@@ -219,7 +218,7 @@ def _finish_stores(settings: Settings, backup: Backup, kafka_lost: bool) -> tupl
     """Marks the stores as closed cleanly, and checks that they reach the backup's positions."""
     users, positions = 0, dict[str, dict[str, int]]()
     for path in layout.streams(settings.state_dir / RESTORING):
-        clean_mark.write(path / layout.MARK, CleanMark(True, clean_mark.boot_id()))
+        durable.write_clean_mark(path / layout.MARK, CleanMark(True, durable.boot_id()))
         if kafka_lost:
             # The branch is of a log that no longer exists.
             writing = HistoryStore(path, settings.features.history)

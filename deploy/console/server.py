@@ -45,9 +45,9 @@ from deploy.watch.scrape import address, serving_address
 from state.config.settings import Settings
 from state.errors import BadRequest, Forbidden, NotReady, SettingsError, SpringtideError, WorkerFailed
 from state.metrics import ConsoleMetrics, add_process
+from state.process.environment import wall_ms
 from state.process.log_lines import SaidOnce
 from state.process.part import run_part
-from state.process.wall_clock import wall_ms
 
 READING = ("GET", "HEAD")
 POLICY = "; ".join(

@@ -27,7 +27,7 @@ from deploy.serving.requests.http import Endpoint, Request, Response, encode
 from state.config.settings import Settings
 from state.config.sources import UNITS_MS
 from state.errors import BadRequest, ControlConflict, SpringtideError
-from state.process.actor import acting, actor
+from state.process.environment import acting, actor
 
 MOST, KEEP_S = 32, 900.0
 LISTED_S = {"versions": 3.0, "history": 1.0, "masks": 1.0, "jumps": 10.0}

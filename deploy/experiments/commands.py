@@ -60,7 +60,7 @@ from state.experiments.gate import as_document, as_lines
 from state.experiments.past import Past, past_until, write_past
 from state.features.spec import FeatureSpec
 from state.log import Log
-from state.process.actor import actor
+from state.process.environment import actor
 from state.registry import control
 from state.registry.control import Control
 from state.registry.manifest import Manifest

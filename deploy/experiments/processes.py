@@ -27,8 +27,8 @@ from state.disk import memory_place
 from state.errors import SpringtideError
 from state.experiments.experiment import Experiments
 from state.metrics import SupervisorMetrics, served
+from state.process.environment import wall_ms
 from state.process.part import run_part, stop_on_signals
-from state.process.wall_clock import wall_ms
 
 EXPERIMENTS, RETRAIN, ROLLOUT_HOST = "experiments", "retrain", "rollout-host"
 HOST = "host"

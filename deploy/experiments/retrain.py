@@ -28,9 +28,9 @@ from state.errors import CorruptStore, LockHeld, SpringtideError, UnusableRegist
 from state.experiments.comparison import ComparisonFigures, read_figures
 from state.experiments.experiment import By, Experiment, Experiments, Outcome, Schedule
 from state.process import killpoints
+from state.process.environment import wall_ms
 from state.process.log_lines import SaidOnce
 from state.process.part import run_part, stop_on_signals
-from state.process.wall_clock import wall_ms
 from state.registry.registry import Registry
 
 ACTOR = "retrain"

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from deploy.formats import age
 from deploy.operate.control import Say
-from state import http, layout
+from state import layout
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
 from state.errors import ControlConflict, GapError, LogError, MicroBatchError, RegistryError, SettingsError
@@ -37,9 +37,10 @@ from state.log.topic_plan import TRAINING_PARTITION
 from state.microbatch.batch import MicroBatch, trained, trim
 from state.microbatch.codec import decode
 from state.positions import Source
+from state.process import network
+from state.process.environment import wall_ms
 from state.process.log_lines import SaidOnce
 from state.process.part import stop_on_signals
-from state.process.wall_clock import wall_ms
 
 KEEP_MS = 2000
 """Interval at which the report is stored for `springtide status`, the page and metrics."""
@@ -266,7 +267,7 @@ def _when_it_answers(
     Without the wait, requests of its first users would fail.
     """
     while newest.stage == "rollout" and newest.phase == "starting" and not stop.is_set():
-        status, why = http.ask(f"{settings.rollout.address}/readyz", READY_S)
+        status, why = network.ask(f"{settings.rollout.address}/readyz", READY_S)
         if status == 200:
             return experiments.change(newest.name, lambda now: now.begin(By(GATE, "the trial answers", wall_ms())))
         complain(f"the trial does not answer at {settings.rollout.address} yet ({status or why}): its first step waits")

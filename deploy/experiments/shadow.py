@@ -35,10 +35,9 @@ from state.experiments import comparison
 from state.experiments.comparison import LossReader, PairedComparison
 from state.experiments.experiment import By, Experiment, Experiments
 from state.metrics import SupervisorMetrics
+from state.process.environment import run_in_background, wall_ms
 from state.process.log_lines import SaidOnce
 from state.process.part import run_part, stop_on_signals
-from state.process.resources import run_in_background
-from state.process.wall_clock import wall_ms
 from state.registry.control import Control
 from state.registry.registry import Registry
 

@@ -23,7 +23,7 @@ from state.experiments.experiment import OUTCOMES, Experiment, Experiments, Sche
 from state.experiments.exposure import LIVE, TRIAL
 from state.experiments.gate import Finding, RolloutReport
 from state.metrics import RetrainMetrics, RolloutMetrics, TrialMetrics
-from state.process.wall_clock import wall_ms
+from state.process.environment import wall_ms
 from state.registry.control import Control
 from state.registry.registry import Registry
 

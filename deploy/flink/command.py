@@ -34,11 +34,11 @@ from state.errors import FlinkFailed, LockHeld, SettingsError, reason_of
 from state.flink import Job, JobManager, Overview, url
 from state.metrics import SupervisorMetrics
 from state.process.commands import parser_of
+from state.process.environment import wall_ms
+from state.process.network import Port, free_port, listens, require_ports
 from state.process.part import Signals
-from state.process.ports import Port, free_port, listens, require_ports
 from state.process.private_files import keep_private
 from state.process.user_code import for_children
-from state.process.wall_clock import wall_ms
 
 HOST = "127.0.0.1"
 FIXED, LOCAL = Path(__file__).with_name("config.yaml"), Path(__file__).with_name("local.yaml")

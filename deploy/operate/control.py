@@ -12,7 +12,7 @@ from deploy.operate.masking import describe, mask_document
 from deploy.operate.versions import open_registry, table
 from state.config.settings import Settings
 from state.errors import ControlConflict, RegistryError, SettingsError
-from state.process.actor import actor
+from state.process.environment import actor
 from state.registry import control as transitions
 from state.registry.control import Control, MaskEntry, encode
 from state.registry.controls import Part

@@ -35,7 +35,7 @@ from state.log import Log, topic_plan
 from state.log.follow import read_to
 from state.log.topic_plan import TRAINING_PARTITION
 from state.process import killpoints
-from state.process.actor import actor
+from state.process.environment import actor
 from state.registry.control import Control
 from state.registry.control import erase as erase_users
 from state.registry.erasing import ErasureReport, all_reports

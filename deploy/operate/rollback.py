@@ -34,7 +34,7 @@ from state.config.settings import Settings
 from state.errors import CorruptVersion, LogError, SettingsError, StoreError, UnfitVersion
 from state.features.mask import always
 from state.process import killpoints
-from state.process.actor import actor
+from state.process.environment import actor
 from state.registry import log_line
 from state.registry.control import Control, MaskEntry, added, joined, roll_back
 from state.registry.log_line import LogLine

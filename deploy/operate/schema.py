@@ -21,7 +21,7 @@ from deploy.validation.windows import KeptWindow, KeptWindows
 from state.config.settings import Settings
 from state.errors import SettingsError
 from state.features.spec import FeatureSpec
-from state.process.actor import actor
+from state.process.environment import actor
 from state.registry.registry import Registry
 from state.statistics.anomalies import validate
 from state.statistics.baselines import AcceptedBaseline, Baseline, Baselines, accepted

@@ -13,7 +13,7 @@ from state.config.sections import Kafka
 from state.log import Reader, Topics, partition_of
 from state.log.bulk import BulkWriter, encode_batch
 from state.log.follow import read_to
-from state.process.progress_line import ProgressLine, bar
+from state.process.log_lines import ProgressLine, bar
 from state.recordings.rows import I64
 
 LARGEST_VALUE = 900_000  # bytes; Kafka's own limit for a batch is 1 MiB unless the cluster says otherwise

@@ -24,7 +24,7 @@ from state.config.sources import split_settings
 from state.disk import files as durable
 from state.errors import BadRequest, NotReady
 from state.process.commands import add_commands, parser_of
-from state.process.progress_line import ProgressLine, bar
+from state.process.log_lines import ProgressLine, bar
 from state.segments.expression import segments_of
 from state.segments.members import SegmentStore, all_members
 

@@ -15,7 +15,7 @@ from state.config.settings import Settings
 from state.errors import SettingsError
 from state.events.identity import load_salt
 from state.layout import SEGMENTS
-from state.process.wall_clock import wall_ms
+from state.process.environment import wall_ms
 from state.segments.expression import ProfileFacts, Segment
 from state.segments.members import SegmentStore
 

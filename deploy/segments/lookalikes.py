@@ -28,9 +28,9 @@ from deploy.serving.answers.queue import MOST_AT_ONCE
 from state.config.settings import Settings
 from state.disk import files as durable
 from state.layout import LOOKALIKES
+from state.process.environment import wall_ms
 from state.process.part import die_with, run_part
 from state.process.user_code import for_children
-from state.process.wall_clock import wall_ms
 from state.segments.expression import segments_of
 from state.segments.lookalikes import LookalikeList, NearUser, PrecisionAt, write
 from state.segments.members import all_members

@@ -39,7 +39,6 @@ from deploy.serving.answers.host import Host
 from deploy.serving.answers.predictor import Predictor
 from deploy.serving.following.clicks import position_of
 from deploy.serving.host_files import CONTROL_NOTE, MASK_NOTE, name_of
-from state.compiled.preparing import Kernels
 from state.config.settings import Settings
 from state.disk.files import HOST
 from state.disk.lock import DirectoryLock
@@ -47,6 +46,7 @@ from state.errors import MicroBatchError, SettingsError, SpringtideError, of_dis
 from state.features.mask import Mask
 from state.features.spec import KERNELS as FEATURE_KERNELS
 from state.history.store import HistoryStore
+from state.kernels import Kernels
 from state.layout import SEGMENTS, SEGMENTS_LOCK
 from state.log import KERNELS, Log, PartitionBatch, Writer, topic_plan
 from state.log.follow import Follower, Opening, Position, open_topic, read_to
@@ -54,10 +54,9 @@ from state.log.topic_plan import TRAINING_PARTITION
 from state.metrics import SegmentMetrics, served
 from state.microbatch.codec import decode
 from state.process import killpoints
+from state.process.environment import freeze_objects, run_in_background, wall_ms
 from state.process.log_lines import SaidOnce
 from state.process.part import run_part, stop_on_signals
-from state.process.resources import freeze_objects, run_in_background
-from state.process.wall_clock import wall_ms
 from state.registry.erasing import ErasureReport, report
 from state.segments.expression import segments_of
 from state.segments.members import (

@@ -26,7 +26,6 @@ from deploy.serving.host_files import Currency, make_room, name_of, settled
 from state.attributes.follower import AttributeFollower, keep_following
 from state.attributes.store import AttributeStore
 from state.attributes.values import tables_of
-from state.compiled.preparing import Kernels
 from state.config.settings import Settings
 from state.disk import documents
 from state.disk import memory_place as place
@@ -41,15 +40,15 @@ from state.features.spec import FeatureSpec
 from state.history.actions import ACTIONS, numbered
 from state.history.appends import Appends
 from state.history.store import ForgottenUsers, HistoryStore, open_or_replace
+from state.kernels import Kernels
 from state.layout import ATTRIBUTES, EXPOSURES, ROWS
 from state.log import KERNELS, Log, Reader, Topics, Writer
 from state.log.topic_plan import TRAINING_PARTITION
 from state.metrics import ApplierMetrics, served
 from state.process import killpoints
+from state.process.environment import Holes, freeze_objects, wall_ms
 from state.process.log_lines import SaidOnce
 from state.process.part import run_part, stop_on_signals
-from state.process.resources import Holes, freeze_objects
-from state.process.wall_clock import wall_ms
 from state.registry.control import Control
 from state.registry.controls import ControlPoll
 from state.registry.erasing import ErasureReport, report

@@ -63,18 +63,17 @@ from deploy.serving.requests.split import Split
 from deploy.serving.requests.tensorflow_serving import model_endpoints, model_services
 from deploy.serving.requests.worker_metrics import RequestCounts, of_all_workers
 from deploy.supervisor import Backoff, how
-from state.compiled.preparing import Kernels
 from state.config.loading import load
 from state.config.settings import Settings
 from state.errors import SpringtideError, WorkerFailed
 from state.events.identity import load_salt
 from state.features.spec import KERNELS as FEATURE_KERNELS
+from state.kernels import Kernels
 from state.layout import WORKER_COUNTERS
 from state.metrics import WorkerMetrics, add_process, say_build
 from state.process import log_lines
+from state.process.environment import freeze_objects, wall_ms
 from state.process.part import Work, reported, run_process
-from state.process.resources import freeze_objects
-from state.process.wall_clock import wall_ms
 from state.registry.hosts import RoutingTable
 
 WAIT_S = 0.1

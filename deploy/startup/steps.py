@@ -29,8 +29,8 @@ from state.errors import CorruptStore, KafkaFailed, PortTaken
 from state.events.identity import own_salt
 from state.log import Topics, topic_plan
 from state.metrics import StorageMetrics, SupervisorMetrics, serve
+from state.process.network import Port, require_ports
 from state.process.part import Signals
-from state.process.ports import Port, require_ports
 from state.registry.model_fit import require_same_salt
 from state.registry.registry import Registry
 from state.storage.shares import KAFKA, LOGS, offer

@@ -16,20 +16,20 @@ from tensorflow_metadata.proto.v0.anomalies_pb2 import Anomalies, AnomalyInfo
 from tensorflow_metadata.proto.v0.statistics_pb2 import DatasetFeatureStatistics
 
 from deploy.validation.windows import KeptWindow, KeptWindows
-from state.compiled.preparing import Kernels
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
 from state.errors import GapError, LogError, MicroBatchError, RegistryError, SettingsError, UnknownTopic, of_disk
 from state.features.spec import FeatureSpec
+from state.kernels import Kernels
 from state.log import KERNELS, Log, PartitionBatch
 from state.log.follow import Follower, Opening, Position
 from state.log.topic_plan import TRAINING_PARTITION
 from state.metrics import ValidationMetrics, served
 from state.microbatch.batch import ATTRIBUTES, SCALARS, MicroBatch
 from state.microbatch.codec import decode
+from state.process.environment import freeze_objects, run_in_background
 from state.process.log_lines import SaidOnce
 from state.process.part import run_part, stop_on_signals
-from state.process.resources import freeze_objects, run_in_background
 from state.registry.directory import Directory
 from state.registry.specs import Specs
 from state.statistics.anomalies import validate

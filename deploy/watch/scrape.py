@@ -16,9 +16,9 @@ from typing import Self
 from prometheus_client.parser import text_string_to_metric_families
 
 from deploy.serving.requests.access import OPERATE, are_wanted, tokens_in
-from state import http
 from state.config.settings import Settings
 from state.errors import SettingsError
+from state.process import network
 
 
 class Address(str):
@@ -250,11 +250,11 @@ def fetch(url: str | urllib.request.Request, timeout_s: float = TIMEOUT_S) -> tu
     """Returns status and body of a request; status 0 and the reason if the server or a credential is unavailable."""
     try:
         if isinstance(url, Address):
-            return http.ask(url.request(), timeout_s, url.context())
+            return network.ask(url.request(), timeout_s, url.context())
     # The files with token and certificate cannot be read.
     except (OSError, ValueError, SettingsError) as problem:
         return 0, str(getattr(problem, "reason", problem))
-    return http.ask(url, timeout_s)
+    return network.ask(url, timeout_s)
 
 
 def scrape_one(settings: Settings, process: str) -> Scrape:

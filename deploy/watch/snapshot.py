@@ -17,7 +17,7 @@ from deploy.watch import scrape
 from deploy.watch.figures import FEW_RECORDS, FORMING, SPREAD_S, STALE_S, STANDS_BY, Figures, Watch
 from deploy.watch.scrape import Scrape
 from state.config.settings import Settings
-from state.process.wall_clock import wall_ms
+from state.process.environment import wall_ms
 
 Severity = Literal["critical", "warning", "info", "hold"]
 RECENT_S = 600.0

@@ -1,6 +1,8 @@
 """Writes files durably: a write that returned survives a power cut, and an interrupted write leaves nothing behind.
 
 The order is always: temporary file, fsync, rename, fsync of the directory.
+
+A store that is not synced at each commit has a marker file: whether it was closed cleanly, and the last boot id.
 """
 
 from __future__ import annotations
@@ -13,7 +15,10 @@ import socket
 from contextlib import suppress
 from pathlib import Path
 
+import msgspec
 import psutil
+
+from state.disk import documents
 
 HOST = socket.gethostname()
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -143,3 +148,37 @@ def is_dead(mark: str) -> bool:
         return f"{psutil.Process(int(pid)).create_time():.2f}" != started
     except psutil.NoSuchProcess:
         return True
+
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+class CleanMark(msgspec.Struct, frozen=True):
+    """The content of a marker file: whether the store was closed cleanly, and the boot id when it was last open."""
+
+    clean: bool
+    boot_id: str
+
+    def trusts(self, boot: str) -> bool:
+        """Whether the store has all its pages: it was closed cleanly, or was last open under this boot id."""
+        return self.clean or self.boot_id == boot
+
+
+def boot_id() -> str:
+    """The boot id of this machine."""
+    return _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else "unknown"
+
+
+def read_clean_mark(path: Path) -> CleanMark | None:
+    """Reads the marker at `path`; None if there is none. A damaged file gives a marker that no boot id trusts."""
+    if not path.exists():
+        return None
+    try:
+        return documents.decode(path.read_bytes(), CleanMark)
+    except msgspec.MsgspecError:
+        return CleanMark(False, "")
+
+
+def write_clean_mark(path: Path, mark: CleanMark) -> None:
+    """Replaces the marker; durable when this returns."""
+    replace(path, msgspec.json.encode(mark))

@@ -1,6 +1,6 @@
 """The base of all LMDB stores (histories, rows, attributes, segments): one process writes, any number of them read.
 
-    mark.json   whether the store was closed cleanly (`state/disk/clean_mark.py`)
+    mark.json   whether the store was closed cleanly (`CleanMark` in `state/disk/files.py`)
     data.mdb    the databases that the class names, and `meta`:
                 format -> {"format": its number, and the parameters of the store}, JSON; `shares` if it holds only the
                 users of some shares
@@ -9,7 +9,15 @@ A commit is visible to every reader at once and survives a kill. It survives a p
 a store is trusted after kill -9, and refused if it was open at a power cut.
 
 In memory (tmpfs), LMDB writes pages in place, so that a commit does not copy each changed page to the file again.
-`data.mdb` is then sparse, with the size of the map.
+`data.mdb` is then sparse, with the size of the map. A `MemoryStore` lives in memory while its writer runs, and is saved
+to the disk on close:
+
+    histories           the store on the disk while no writer runs; else a link to the store in memory
+    histories.link      replaces it at a start; after the exchange it is the copy on the disk, which is removed
+    histories.saving    replaces it at a clean stop; after the exchange it is the link, which is removed
+
+So after kill -9 the store in memory is used. After a power cut the link is dangling, and the store is refused like any
+store that was open at that time. There is no older copy that could be mistaken for it.
 """
 
 from __future__ import annotations
@@ -21,7 +29,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -29,10 +37,11 @@ from typing import Any, ClassVar, Self
 import lmdb
 
 from state import layout
-from state.disk import clean_mark, memory_place
 from state.disk import files as durable
-from state.disk.clean_mark import CleanMark
-from state.errors import CorruptStore, StoreError, StoreFull, UnusableDisk
+from state.disk import memory_place
+from state.disk.files import CleanMark
+from state.disk.memory_place import Place
+from state.errors import CorruptStore, StoreError, StoreFull, UnusableDisk, reason_of
 from state.process import killpoints
 from state.user_shares import UserShares
 
@@ -93,7 +102,7 @@ class LmdbStore:
         shares: UserShares | None = None,
     ) -> None:
         self.path, self.readonly, self._wanted = Path(path), readonly, shares
-        self._boot_id = boot_id or clean_mark.boot_id()
+        self._boot_id = boot_id or durable.boot_id()
         self._swapping = threading.Lock()
         if not readonly:
             # A crash during `compact` leaves a copy with old pages.
@@ -104,7 +113,7 @@ class LmdbStore:
         try:
             if not (readonly := self.readonly):
                 self.path.mkdir(parents=True, exist_ok=True)
-                self._require_trust(clean_mark.read(self._mark_path))
+                self._require_trust(durable.read_clean_mark(self._mark_path))
             self._in_place = not readonly and memory_place.is_in_memory(self.path)
             self._reserved_bytes = 0
             self._env = lmdb.open(
@@ -127,7 +136,7 @@ class LmdbStore:
             self._check_made()
             if not readonly:
                 # Writes the marker before the first page of this session.
-                clean_mark.write(self._mark_path, CleanMark(False, self._boot_id))
+                durable.write_clean_mark(self._mark_path, CleanMark(False, self._boot_id))
             self._databases = {
                 name: self._env.open_db(name.encode(), create=not readonly) for name in ("meta", *self.databases)
             }
@@ -169,7 +178,7 @@ class LmdbStore:
 
     def closed_in_order(self) -> bool:
         """Whether the last writer closed the store cleanly."""
-        mark = clean_mark.read(self._mark_path) or self._older_mark()
+        mark = durable.read_clean_mark(self._mark_path) or self._older_mark()
         return mark is not None and mark.clean
 
     def sync(self) -> None:
@@ -191,7 +200,7 @@ class LmdbStore:
             self._env.close()
         if not self.readonly:
             try:
-                clean_mark.write(self._mark_path, CleanMark(True, self._boot_id))
+                durable.write_clean_mark(self._mark_path, CleanMark(True, self._boot_id))
             except OSError as error:
                 raise self._refused(error, "marked as closed cleanly") from error
 
@@ -221,7 +230,7 @@ class LmdbStore:
                 # 1. Copy the live entries.
                 shutil.rmtree(self._aside, ignore_errors=True)
                 self._copy_alive(self._aside)
-                clean_mark.write(self._aside / layout.MARK, CleanMark(False, self._boot_id))
+                durable.write_clean_mark(self._aside / layout.MARK, CleanMark(False, self._boot_id))
             except (lmdb.Error, OSError) as error:
                 refused = self._refused(error, "rewritten")
                 shutil.rmtree(self._aside, ignore_errors=True)
@@ -404,3 +413,205 @@ def keys_with(cursor: lmdb.Cursor, prefix: bytes, start: bytes, limit: int | Non
 def pages_bytes(stat: Mapping[str, Any]) -> int:
     """The size of the pages that a database uses, from LMDB's statistics."""
     return int(stat["psize"] * (stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]))
+
+
+_ARRIVING, _SAVING = "link", "saving"
+
+
+class MemoryStore(LmdbStore):
+    """An `LmdbStore`, with the same arguments, that may be in memory. Call `enter_memory` before its writer opens it."""
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the store is in memory, and is saved to the disk on close."""
+        return self.path.is_symlink()
+
+    def _open(self, map_bytes: int) -> None:
+        if not self.readonly and self.in_memory and not self.path.exists():
+            raise CorruptStore(
+                f"{self.path} was in memory, {self.path.readlink()}, which is gone: the machine or its container went down",
+                self.remedy,
+            )
+        super()._open(map_bytes)
+
+    def close(self) -> None:
+        """Closes the store. When this returns, a store in memory is on the disk, durable and marked as closed cleanly.
+
+        If the disk refuses, it stays in memory, as after a kill.
+        """
+        if self.readonly or not self.in_memory:
+            super().close()
+            return
+        try:
+            copy = self._saved()
+        finally:
+            self._env.close()
+        try:
+            _land(self.path, copy)
+        except OSError as error:
+            raise self._refused(error, "saved") from error
+
+    def _saved(self) -> Path:
+        """Copies the store next to the link, syncs the copy and marks it.
+
+        It copies page by page, so that the next backup finds most pages unchanged.
+        """
+        copy = _beside(self.path, _SAVING)
+        try:
+            _clear(copy)
+            copy.mkdir()
+            if shutil.disk_usage(copy).free < memory_place.size(self.path):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._env.copy(str(copy))
+            durable.sync_tree(copy)
+            durable.write_clean_mark(copy / layout.MARK, CleanMark(True, self._boot_id))
+        except (lmdb.Error, OSError) as error:
+            refused = self._refused(error, "saved on the disk", copy)
+            _clear(copy)
+            raise refused from error
+        killpoints.reach("memory.saved")
+        return copy
+
+
+def enter_memory(link: Path, memory: str, boot_id: str | None = None) -> Place:
+    """Moves a link's store into memory if there is space, before its writer opens it; else it stays on the disk.
+
+    The caller holds the lock of the link's directory.
+
+    1. Remove files that a crash left next to the link.
+    2. A store already in memory stays there if it has space to grow. A store that a power cut removed, or may have
+       damaged, is left unchanged: opening it reports the error.
+    3. Copy a store on the disk into memory. Move a store in memory without space to the disk, if that has space.
+    4. Replace the store by the link, durably before the first commit, and remove the source of the copy.
+
+    Raises:
+        StoreError: The store belongs to another state directory that is in use.
+    """
+    link.parent.mkdir(parents=True, exist_ok=True)
+    # 1.
+    _recover_exchange(link)
+    # 2.
+    before = memory_place.target_of(link)
+    if before is not None and not before.exists():
+        return Place(before, True)
+    own = memory_place.home(Path(memory), link) if memory else None
+    if before is not None and before == own and not memory_place.lack(link, memory):
+        return Place(before, True)
+    mark = durable.read_clean_mark(link / layout.MARK)
+    if mark is not None and not mark.trusts(boot_id or durable.boot_id()):
+        return Place(link, False)
+    if before is not None and memory_place.is_open(before):
+        raise StoreError(
+            f"{link} leads to {before}, which another process writes: its state directory was copied while it ran",
+            "make a copy with `springtide backup` and `springtide restore`, or stop the other one first",
+        )
+    # 3.
+    location = memory_place.choose(link, memory)
+    why = _load_into_memory(link, location) if location.in_memory else location.why
+    if not location.in_memory or why:
+        try:
+            leave_memory(link)
+        except OSError as error:
+            if before is None or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            return Place(before, True)
+        if own is not None:
+            memory_place.remove(own, link)
+        return Place(link, False, why)
+    killpoints.reach("memory.loaded")
+    # 4.
+    arriving = _beside(link, _ARRIVING)
+    arriving.symlink_to(location.path)
+    _exchange(arriving, link)
+    killpoints.reach("memory.linked")
+    _clear(arriving)
+    if before is not None:
+        memory_place.remove(before, link)
+    return location
+
+
+def _load_into_memory(link: Path, location: Place) -> str:
+    """Copies the link's store, if any, into memory; returns why that failed, or an empty string."""
+    shutil.rmtree(location.path, ignore_errors=True)
+    try:
+        location.path.mkdir(mode=0o700)
+        memory_place.note(location.path, link)
+        if link.exists():
+            _copy_pages(link, location.path)
+    except OSError as error:
+        shutil.rmtree(location.path.parent, ignore_errors=True)
+        return reason_of(error)
+    return ""
+
+
+def _land(link: Path, copy: Path) -> None:
+    """Replaces a link by a directory next to it, and removes the store in memory, which open readers can still read."""
+    before = memory_place.target_of(link)
+    _exchange(copy, link)
+    killpoints.reach("memory.landed")
+    _clear(copy)
+    if before is not None:
+        memory_place.remove(before, link)
+
+
+def leave_memory(link: Path) -> None:
+    """Moves a link's store, which no process writes, from memory to the disk; removes a dangling link."""
+    before = memory_place.target_of(link)
+    if before is None:
+        return
+    if not before.exists():
+        link.unlink()
+        return
+    copy = _beside(link, _SAVING)
+    _clear(copy)
+    try:
+        copy.mkdir()
+        _copy_pages(before, copy)
+        durable.sync_tree(copy)
+    except OSError:
+        _clear(copy)
+        raise
+    _land(link, copy)
+
+
+def _copy_pages(store: Path, target: Path) -> None:
+    """Copies the used pages of a store that no process writes, and its mark."""
+    try:
+        with lmdb.open(str(store), readonly=True, lock=False, create=False) as pages:
+            pages.copy(str(target))
+    except lmdb.Error as error:
+        raise OSError(getattr(error, "code", errno.EIO), str(error), str(store)) from error
+    # A store that release 0.1.0 left has no mark.
+    with suppress(FileNotFoundError):
+        shutil.copyfile(store / layout.MARK, target / layout.MARK)
+
+
+def _beside(link: Path, suffix: str) -> Path:
+    return link.with_name(f"{link.name}.{suffix}")
+
+
+def _exchange(store: Path, link: Path) -> None:
+    """Exchanges `store` with the link, or renames `store` if there is no link; durable when this returns."""
+    if os.path.lexists(link):
+        durable.exchange(store, link)
+    else:
+        store.rename(link)
+    durable.sync_directory(link.parent)
+
+
+def _clear(path: Path) -> None:
+    """Removes a directory or a link, but not the target of the link."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _recover_exchange(link: Path) -> None:
+    """Completes or undoes an interrupted exchange. An exchange in several steps leaves no link after its first step."""
+    for store in (_beside(link, _ARRIVING), _beside(link, _SAVING)):
+        between = _beside(store, "between")
+        if os.path.lexists(between) and not os.path.lexists(link):
+            between.rename(link)
+        _clear(between)
+        _clear(store)

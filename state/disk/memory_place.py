@@ -9,7 +9,7 @@
     STATE/stream-0/histories        likewise
 
 Rows are a copy of the registry: if their link is missing or dangling, they are rebuilt from scratch. The writer of
-histories saves them on the disk when it closes them (`state/disk/memory_store.py`).
+histories saves them on the disk when it closes them (`state/disk/lmdb_store.py`).
 """
 
 from __future__ import annotations

@@ -23,9 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from state import layout
+from state.disk import documents
 from state.disk import files as durable
 from state.errors import CorruptStore
-from state.registry import sealed
 from state.statistics.confidence_sequence import ALPHA, BLOCKS, PLANNED_ROWS, ConfidenceSequence
 
 Blocks = NDArray[np.uint16]
@@ -325,7 +325,7 @@ class PairedComparison:
     def encode(self) -> bytes:
         """Encodes the state from which a restart continues, exact to the last bit."""
         sequence = self._sequence.document()
-        return sealed.encode(_Document(self.figures(), self.next, self._live, self._trial, sequence))
+        return documents.encode_sealed(_Document(self.figures(), self.next, self._live, self._trial, sequence))
 
     @classmethod
     def decode(cls, data: bytes) -> PairedComparison:
@@ -334,7 +334,7 @@ class PairedComparison:
         Raises:
             ValueError: It is damaged.
         """
-        document = sealed.decode(data, _Document)
+        document = documents.decode_sealed(data, _Document)
         figures = document.figures
         try:
             sequence = ConfidenceSequence.from_json(document.sequence)

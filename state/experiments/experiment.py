@@ -39,7 +39,6 @@ from state.disk import documents
 from state.disk import files as durable
 from state.disk.lock import DirectoryLock
 from state.errors import ControlConflict, RegistryError, SettingsError
-from state.registry import sealed
 from state.registry.directory import usable
 
 DOCUMENT, REPORT = "experiments.json", "report.json"
@@ -429,7 +428,7 @@ class Experiments:
             mark = (status.st_ino, status.st_mtime_ns, status.st_size)
             if mark != self._cached[0]:
                 try:
-                    self._cached = (mark, sealed.decode(path.read_bytes(), ExperimentsDocument))
+                    self._cached = (mark, documents.decode_sealed(path.read_bytes(), ExperimentsDocument))
                 except ValueError as error:
                     raise RegistryError(
                         f"{path} is damaged: {error}",
@@ -558,7 +557,7 @@ class Experiments:
         after = transition(before)
         if after != before:
             with usable("record the decision"):
-                durable.replace(self.shared / DOCUMENT, sealed.encode(after))
+                durable.replace(self.shared / DOCUMENT, documents.encode_sealed(after))
         return after
 
     @contextmanager

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 
 from state import layout
 from state.config.sections import RetrainSettings
+from state.disk import documents
 from state.disk import files as durable
 from state.errors import RegistryError
 from state.features.arrays import DAY_MS
 from state.microbatch.batch import MicroBatch, trim
 from state.positions import Source
-from state.registry import sealed
 from state.registry.manifest import LogRange, Manifest
 
 
@@ -76,7 +76,7 @@ def past_until(version: Manifest | None, settings: RetrainSettings) -> Past:
 
 def write_past(registry: Path, past: Past) -> None:
     """Writes the past into an experiment's registry under construction; durable when this returns."""
-    durable.write(registry / layout.PAST, sealed.encode(past))
+    durable.write(registry / layout.PAST, documents.encode_sealed(past))
 
 
 def read_past(registry: Path) -> Past | None:
@@ -87,7 +87,7 @@ def read_past(registry: Path) -> Past | None:
     """
     path = registry / layout.PAST
     try:
-        return sealed.decode(path.read_bytes(), Past)
+        return documents.decode_sealed(path.read_bytes(), Past)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from state.disk import documents
 from state.disk import files as durable
 from state.errors import StoreFull
 from state.features.spec import EVENT, Events
@@ -22,7 +23,6 @@ from state.history.store import FORGOTTEN, LOADING, ForgottenUsers, StoreView
 from state.log.follow import Position
 from state.positions import Source, share_of
 from state.process import killpoints
-from state.registry import sealed
 from state.registry.log_line import WHOLE, to_json
 from state.user_shares import ALL, SHARES, UserShares
 
@@ -154,7 +154,7 @@ class SnapshotWriter:
             )
         killpoints.reach("snapshot.written")
         # 2.
-        created = self._location.create(document_name(snapshot.number), sealed.encode(snapshot))
+        created = self._location.create(document_name(snapshot.number), documents.encode_sealed(snapshot))
         killpoints.reach("snapshot.named")
         return snapshot if created else None
 

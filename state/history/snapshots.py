@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from state import layout
 from state.config.settings import Settings
+from state.disk import documents
 from state.disk import files as durable
 from state.errors import CorruptStore, UnusablePlace
 from state.features.spec import EVENT, Events
@@ -41,7 +42,6 @@ from state.history.store import FORGOTTEN, HistoryStore
 from state.history.sweeping import READ_TIMES
 from state.positions import Source, share_of
 from state.process import killpoints
-from state.registry import sealed
 from state.registry.log_line import LogLine, from_json, parting
 from state.storage.shares import REGISTRY, kept_bytes
 from state.user_shares import ALL, UserShares
@@ -183,7 +183,7 @@ def read(location: FileStore, number: int) -> HistorySnapshot:
     """
     name = document_name(number)
     try:
-        snapshot = sealed.decode(location.read(name), HistorySnapshot)
+        snapshot = documents.decode_sealed(location.read(name), HistorySnapshot)
     except FileNotFoundError:
         raise _damaged(name, location, "is missing") from None
     except ValueError as error:

@@ -23,9 +23,8 @@ import numpy as np
 
 from state.config.settings import Settings
 from state.disk import documents, memory_place
-from state.disk.clean_mark import CleanMark
-from state.disk.lmdb_store import FORMAT, PAGES_MS, keys_with, pages_bytes, put_all
-from state.disk.memory_store import MemoryStore, enter
+from state.disk.files import CleanMark
+from state.disk.lmdb_store import FORMAT, PAGES_MS, MemoryStore, enter_memory, keys_with, pages_bytes, put_all
 from state.errors import CorruptStore
 from state.features.erased import Erased
 from state.features.spec import EVENT, Events
@@ -468,7 +467,7 @@ def open_history_store(settings: Settings, part: str, folder: Path) -> HistorySt
     link, memory = folder / HISTORIES, settings.storage.memory_dir
     for folder_removed in memory_place.remove_forgotten(memory):
         logger.info("%s is removed: its state directory is gone, or has its store elsewhere", folder_removed)
-    location = enter(link, memory)
+    location = enter_memory(link, memory)
     if location.why:
         logger.warning(
             "the histories are on the disk, %s: %s. Each page that a click changes is written there, at 5,000 clicks/s "

@@ -37,8 +37,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from state.attributes.values import tables_of
-from state.compiled import compiled, inlined, read_only
-from state.compiled.mixing import mix
+from state.compiled import compiled, inlined, mix, read_only
 from state.config.settings import Settings
 from state.features.spec import FeatureSpec
 

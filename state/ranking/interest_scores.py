@@ -21,9 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from state.compiled import compiled, layout, part_of_sums, read_only
-from state.compiled.logarithms import logarithms
-from state.compiled.mixing import mix
+from state.compiled import compiled, layout, logarithms, mix, part_of_sums, read_only
 from state.features.arrays import NEVER
 from state.features.spec import FeatureSpec
 from state.ranking.item_lists import ENTRIES, LISTS_OF_EVERYTHING, NEXT_CATEGORY, ItemLists, decays

@@ -26,9 +26,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from state.compiled import compiled, inlined, layout
-from state.compiled.mixing import mix
-from state.compiled.prefetch import prefetch
+from state.compiled import compiled, inlined, layout, mix, prefetch
 
 U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]

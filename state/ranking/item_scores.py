@@ -25,9 +25,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from state.compiled import compiled, inlined, layout
-from state.compiled.logarithms import logarithms
-from state.compiled.mixing import mix
+from state.compiled import compiled, inlined, layout, logarithms, mix
 from state.ranking.item_lists import LISTS_OF_EVERYTHING, LIVES, ItemLists, decays
 
 U64 = NDArray[np.uint64]

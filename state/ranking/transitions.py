@@ -23,8 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from state.compiled import compiled, inlined, layout, read_only
-from state.compiled.mixing import mix
+from state.compiled import compiled, inlined, layout, mix, read_only
 
 U64 = NDArray[np.uint64]
 U16 = NDArray[np.uint16]

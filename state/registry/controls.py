@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 from state import layout
 from state.disk import files as durable
+from state.disk.documents import decode_sealed, encode_sealed, seal, unseal
 from state.errors import ControlConflict, CorruptVersion, RegistryError, UnfitMask
 from state.features.erased import Erased, Erasure, MaskedUsers
 from state.process import killpoints
 from state.process.log_lines import SaidOnce
 from state.registry import control as documents
-from state.registry import sealed
 from state.registry.control import Control
 from state.registry.directory import Directory, file_bytes, sharing, usable
 
@@ -173,7 +173,7 @@ class Controls:
                 f"control generation {number} does not follow {newest.generation if newest else 'nothing'}",
                 "see `springtide history`, then repeat the command",
             )
-        data = sealed.seal(documents.encode(control))
+        data = seal(documents.encode(control))
         if len(data) > MOST_BYTES:
             raise UnfitMask(
                 f"control with {len(control.masks)} masks takes {len(data):,} bytes, {MOST_BYTES:,} are allowed",
@@ -298,7 +298,7 @@ class Controls:
 
     def _decoded(self, path: Path, data: bytes) -> Control:
         try:
-            return documents.decode(sealed.unseal(data), self._masked_users, self._erasures)
+            return documents.decode(unseal(data), self._masked_users, self._erasures)
         except ValueError as error:
             raise CorruptVersion(
                 f"{path} is damaged: {error}", "restore it from a copy: it controls which version is served"
@@ -314,7 +314,7 @@ class Controls:
         """
         path = self._outcome_path(epoch, part)
         with usable(f"keep the outcome of epoch {epoch}"):
-            return not path.exists() and self._directory.create(path, sealed.encode(document))
+            return not path.exists() and self._directory.create(path, encode_sealed(document))
 
     def outcome(self, epoch: int, part: Part) -> dict[str, Any] | None:
         """A part of the outcome of the rollback that began `epoch`; None if it is not written yet.
@@ -324,7 +324,7 @@ class Controls:
         """
         path = self._outcome_path(epoch, part)
         try:
-            return sealed.decode(file_bytes(path), dict[str, Any])
+            return decode_sealed(file_bytes(path), dict[str, Any])
         except FileNotFoundError:
             return None
         except ValueError as error:

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
+from state.disk import documents
 from state.disk import files as durable
 from state.positions import Source
-from state.registry import sealed
 
 FORMAT = 1
 TOLD_MS = "told_ms"
@@ -180,7 +180,7 @@ def sees(visible: Visible, version: int) -> bool:
 
 def encode(manifest: Manifest) -> bytes:
     """Encodes `manifest` as canonical JSON with its digest."""
-    return sealed.encode(manifest)
+    return documents.encode_sealed(manifest)
 
 
 def decode(data: bytes) -> Manifest:
@@ -189,7 +189,7 @@ def decode(data: bytes) -> Manifest:
     Raises:
         ValueError: The bytes fail their digest, or have a format that this release does not read.
     """
-    manifest = sealed.decode(data, Manifest)
+    manifest = documents.decode_sealed(data, Manifest)
     if manifest.format != FORMAT:
         raise ValueError(f"it is of format {manifest.format}; this release reads {FORMAT}")
     return manifest

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from state import layout
 from state.disk import files as durable
-from state.disk.clean_mark import boot_id
+from state.disk.files import boot_id
 from state.errors import CorruptVersion, UnknownVersion, WrongEpoch
 from state.process import killpoints
 from state.registry import manifest

@@ -35,8 +35,8 @@ from state.errors import LockHeld, RegistryError, SettingsError, UnusablePlace
 from state.file_store import CountedStore, FileStore, open_store
 from state.metrics import SharedMetrics
 from state.process import killpoints
+from state.process.environment import wall_ms
 from state.process.log_lines import SaidOnce
-from state.process.wall_clock import wall_ms
 from state.registry import sync
 from state.registry.claim import RENEW_S, Claim, Silence, StandbyFile
 from state.registry.directory import BINDING, Binding, bound, file_bytes, sharing

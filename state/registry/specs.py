@@ -13,11 +13,11 @@ from typing import Any
 
 from state import layout
 from state.config.sections import Model
+from state.disk import documents
 from state.disk import files as durable
 from state.errors import CorruptVersion, RegistryError, SpecMismatch
 from state.features.spec import FeatureSpec
 from state.process import killpoints
-from state.registry import sealed
 from state.registry.directory import Directory, file_bytes, usable
 
 SPEC = "spec.json"
@@ -108,7 +108,7 @@ class Specs:
                 for path in sorted(temporary.rglob("*"))
                 if path.is_file()
             }
-            durable.write(temporary / SPEC, sealed.encode({**document, "files": files}))
+            durable.write(temporary / SPEC, documents.encode_sealed({**document, "files": files}))
             durable.sync_tree(temporary)
             killpoints.reach("spec.written")
             try:
@@ -129,7 +129,7 @@ class Specs:
         """
         path = self._specs / digest / SPEC
         try:
-            return sealed.decode(file_bytes(path), dict[str, Any])
+            return documents.decode_sealed(file_bytes(path), dict[str, Any])
         except FileNotFoundError:
             raise SpecMismatch(
                 f"{path} does not exist: run `springtide bootstrap` with these feature settings"

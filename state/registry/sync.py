@@ -37,8 +37,8 @@ from state.disk import files as durable
 from state.errors import CorruptVersion, LockHeld, UnknownVersion, UnusablePlace, UnusableRegistry
 from state.file_store import FileStore
 from state.process import killpoints
-from state.process.wall_clock import wall_ms
-from state.registry import manifest, sealed
+from state.process.environment import wall_ms
+from state.registry import manifest
 from state.registry.claim import LEASE_S, Silence
 from state.registry.controls import Controls
 from state.registry.directory import file_bytes, sharing, stored_documents, usable
@@ -121,7 +121,9 @@ def fence(store: FileStore, own: int) -> None:
     """Writes the claim into the catalogue, so that the former trainer can no longer replace the catalogue."""
     while True:
         catalog, tag = _tagged_catalog(store)
-        if store.swap(CATALOG, sealed.encode(structs.replace(catalog, serial=catalog.serial + 1, claim=own)), tag):
+        if store.swap(
+            CATALOG, documents.encode_sealed(structs.replace(catalog, serial=catalog.serial + 1, claim=own)), tag
+        ):
             return
 
 
@@ -179,7 +181,7 @@ class Catalog(msgspec.Struct, frozen=True):
 def read_catalog(read: Callable[[], bytes]) -> Catalog:
     """The catalogue that `read` returns; an empty one if it is missing or damaged."""
     try:
-        return sealed.decode(read(), Catalog)
+        return documents.decode_sealed(read(), Catalog)
     except (OSError, ValueError):
         return Catalog()
 
@@ -461,7 +463,7 @@ class DurableSender:
         require_newest(self._store, self._claim)
         last = self._registry.next_number() - 1
         catalog = Catalog(self.serial + 1, self._claim, last, folders, tuple(sorted(programs)))
-        if tag := self._store.swap(CATALOG, sealed.encode(catalog), self._tag):
+        if tag := self._store.swap(CATALOG, documents.encode_sealed(catalog), self._tag):
             self._catalog, self._tag = catalog, tag
             return
         stored, tag = _tagged_catalog(self._store)
@@ -646,7 +648,7 @@ class Copier:
         if data is None:
             return
         try:
-            catalog = sealed.decode(data, Catalog)
+            catalog = documents.decode_sealed(data, Catalog)
         except ValueError as error:
             raise UnusableRegistry(
                 f"{CATALOG} at {self._store.name} is damaged: {error}", "restart the trainer: it writes it again"

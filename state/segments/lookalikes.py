@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import msgspec
 
+from state.disk import documents
 from state.disk import files as durable
 from state.errors import CorruptStore
-from state.registry import sealed
 
 
 class NearUser(NamedTuple):
@@ -51,14 +51,14 @@ class LookalikeList(msgspec.Struct, frozen=True):
 
 def write(folder: Path, segment: str, lookalikes: LookalikeList) -> None:
     """Writes a segment's list; durable once its directory is in place and synced."""
-    durable.write(folder / f"{segment}.json", sealed.encode(lookalikes))
+    durable.write(folder / f"{segment}.json", documents.encode_sealed(lookalikes))
 
 
 def read(folder: Path, segment: str) -> LookalikeList | None:
     """Reads a segment's list; None if there is none."""
     path = folder / f"{segment}.json"
     try:
-        return sealed.decode(path.read_bytes(), LookalikeList)
+        return documents.decode_sealed(path.read_bytes(), LookalikeList)
     except FileNotFoundError:
         return None
     except ValueError as error:

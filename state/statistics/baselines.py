@@ -16,9 +16,9 @@ from tensorflow_metadata.proto.v0.schema_pb2 import Schema
 from tensorflow_metadata.proto.v0.statistics_pb2 import DatasetFeatureStatistics
 
 from state import layout
+from state.disk import documents
 from state.disk import files as durable
 from state.errors import ControlConflict, CorruptVersion
-from state.registry import sealed
 from state.registry.control import Control, following
 from state.registry.directory import Directory, file_bytes, usable
 from state.registry.specs import SPEC
@@ -118,7 +118,7 @@ class Baselines:
             try:
                 for name, data in files.items():
                     durable.write(temporary / name, data)
-                durable.write(temporary / ABOUT, sealed.encode(document))
+                durable.write(temporary / ABOUT, documents.encode_sealed(document))
                 durable.sync_directory(temporary)
                 temporary.rename(final)
             except OSError:
@@ -138,7 +138,7 @@ class Baselines:
 
     def _about(self, path: Path) -> dict[str, Any]:
         try:
-            return sealed.decode(file_bytes(path), dict[str, Any])
+            return documents.decode_sealed(file_bytes(path), dict[str, Any])
         except FileNotFoundError:
             raise CorruptVersion(f"{path} is missing", f"move its directory away: {_INSTEAD}") from None
         except ValueError as error:

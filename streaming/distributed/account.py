@@ -38,7 +38,7 @@ from state.events.dead_letters import DeadLetter
 from state.history.counts import Counts, advanced, summed
 from state.log import Writer
 from state.positions import Range, Source
-from state.process.wall_clock import wall_ms
+from state.process.environment import wall_ms
 from state.registry.erasing import ErasureReport
 from streaming.accounts import show_faults, show_totals
 from streaming.commit import CommitReport, truncated_columns

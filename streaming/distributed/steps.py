@@ -31,7 +31,7 @@ from state.log.accepted_gaps import Accepted, how_to_go_on
 from state.log.client import made_again
 from state.log.follow import Position
 from state.positions import Gap, Source
-from state.process.wall_clock import wall_ms
+from state.process.environment import wall_ms
 from state.registry.control import Control
 from state.registry.controls import ControlPoll
 from state.registry.log_line import FIRST_EPOCH, BranchSegment

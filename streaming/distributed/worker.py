@@ -16,7 +16,6 @@ from typing import Protocol
 from prometheus_client import CollectorRegistry
 
 from state.attributes.follower import Report
-from state.compiled.preparing import Kernels
 from state.config.sections import Kafka
 from state.config.settings import Settings, known_settings, variable
 from state.errors import SaltMismatch
@@ -24,6 +23,7 @@ from state.events.dead_letters import DeadLetter
 from state.events.identity import Salt, load_salt
 from state.features.mask import Mask
 from state.features.spec import FeatureSpec
+from state.kernels import Kernels
 from state.log import KERNELS, Log
 from state.log.accepted_gaps import Consent
 from state.metrics import StreamMetrics

@@ -34,7 +34,7 @@ from state.log.bulk import BulkWriter
 from state.microbatch.batch import MicroBatch, in_log_time
 from state.microbatch.codec import decode
 from state.positions import Range
-from state.process.ports import free_port
+from state.process.network import free_port
 from tests.bench.recorded import (
     SOURCE,
     Recorded,

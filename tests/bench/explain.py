@@ -20,7 +20,7 @@ from deploy.serving.answers.host import Host
 from deploy.serving.answers.query import Query
 from state.config.settings import Settings
 from state.events.identity import load_salt
-from state.process.wall_clock import wall_ms
+from state.process.environment import wall_ms
 from tests.bench.report import Figure, report
 from tests.bench.serving import fill
 

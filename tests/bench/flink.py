@@ -29,7 +29,7 @@ from state.errors import FlinkFailed
 from state.events.identity import load_salt
 from state.flink import JobManager
 from state.log import Topics
-from state.process.ports import free_port
+from state.process.network import free_port
 from tests.bench.report import Figure, Stages, report
 from tests.bench.stream import PARTITIONS, Clicks, latency_ms
 from tests.e2e.flink.cluster import UP_S, LocalFlink

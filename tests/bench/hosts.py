@@ -27,7 +27,7 @@ import psutil
 
 from deploy.watch import scrape
 from state import layout
-from state.process.wall_clock import wall_ms
+from state.process.environment import wall_ms
 from state.registry import control as transitions
 from state.registry.registry import Registry
 from state.rows.store import RowStore

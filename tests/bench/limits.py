@@ -35,8 +35,8 @@ from deploy.local_kafka import Broker
 from state.config.sections import Kafka
 from state.log import Topics, Writer, partition_of
 from state.log.bulk import BulkWriter
-from state.process.ports import HOST, free_port, free_ports
-from state.process.wall_clock import wall_ms
+from state.process.environment import wall_ms
+from state.process.network import HOST, free_port, free_ports
 from tests.bench.report import Figure, Stages, report
 from tests.bench.stream import CHUNK, PACE_S, PARTITIONS, Clicks
 from tests.e2e.running import PORTS, ROOT

@@ -32,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from evaluation.measures import area_under_curve
-from state.compiled.mixing import mixed
+from state.compiled import mixed
 from state.config.loading import load
 from state.config.settings import Settings
 from state.features.mask import Mask

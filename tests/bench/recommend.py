@@ -31,7 +31,7 @@ from evaluation.report import recommendation_tables
 from state.config.settings import Settings
 from state.events.identity import public_id
 from state.features.spec import EVENT, FeatureSpec
-from state.process.wall_clock import wall_ms
+from state.process.environment import wall_ms
 from tests.bench.quality import analysis
 from tests.bench.recorded import SOURCE, STEP_ROWS, micro_batches, read_clicks
 from tests.bench.report import Figure, Stages, report

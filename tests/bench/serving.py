@@ -24,8 +24,8 @@ import psutil
 
 from state.config.settings import Settings
 from state.layout import ROWS
-from state.process.ports import free_port
-from state.process.wall_clock import wall_ms
+from state.process.environment import wall_ms
+from state.process.network import free_port
 from state.registry.manifest import Manifest
 from state.rows.store import RowStore
 from tests.bench.answers.asking import Load, Taken, measure

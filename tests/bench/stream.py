@@ -33,8 +33,8 @@ from state.config.settings import Settings
 from state.log import Reader, Topics, partition_of
 from state.log.bulk import BulkWriter
 from state.microbatch.codec import decode
-from state.process.ports import free_port
-from state.process.wall_clock import wall_ms
+from state.process.environment import wall_ms
+from state.process.network import free_port
 from tests.bench.report import Figure, report
 from tests.reading import append_encoded
 

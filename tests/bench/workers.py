@@ -28,7 +28,7 @@ import numpy as np
 
 from state.microbatch.batch import Logged
 from state.microbatch.codec import decode, encode
-from state.process.ports import free_ports
+from state.process.network import free_ports
 from tests.bench.report import Figure, report
 from trainer.worker import without_leading
 

@@ -18,7 +18,7 @@ import pytest
 
 from deploy.watch import scrape
 from springtide_client import Client, ClientError, __version__
-from state.process.ports import free_port
+from state.process.network import free_port
 from tests.e2e.running import SHORT, Loop, until
 from tests.laws.sources import PACKAGES, ROOT
 

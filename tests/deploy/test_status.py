@@ -24,7 +24,7 @@ from state.config.sections import Kafka, SegmentSettings
 from state.config.settings import Settings
 from state.log import Topics, Writer
 from state.metrics import ApplierMetrics, SegmentMetrics, names, serve
-from state.process.ports import free_port, free_ports
+from state.process.network import free_port, free_ports
 from state.registry import control
 from state.registry.registry import Registry
 from tests.e2e.running import until

@@ -16,8 +16,8 @@ from state.config.loading import load
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
 from state.process.commands import parser_of
+from state.process.network import free_port
 from state.process.part import Signals
-from state.process.ports import free_port
 
 PORTS = (
     "serving.port",

@@ -19,7 +19,7 @@ from deploy.formats import iso
 from deploy.serving.requests.server import listen
 from state.config.loading import load
 from state.config.settings import Settings
-from state.process.ports import free_port
+from state.process.network import free_port
 from state.registry import control as transitions
 from tests.deploy.operating import NOW_MS, Operator, draft, files
 from tests.e2e.running import until

@@ -45,7 +45,7 @@ from state.events.identity import load_salt
 from state.layout import ATTRIBUTES
 from state.log import Topics
 from state.positions import UNPLACED
-from state.process.wall_clock import wall_ms
+from state.process.environment import wall_ms
 from state.registry.control import Control
 from state.registry.registry import Registry
 from tests.e2e.client import Answers, Client

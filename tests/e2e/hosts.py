@@ -19,8 +19,8 @@ from deploy.watch import scrape
 from deploy.watch.scrape import serving_address
 from state.config.loading import load
 from state.config.settings import Settings
+from state.process.network import free_ports
 from state.process.part import die_with
-from state.process.ports import free_ports
 from state.rows.reader import Served
 from tests.e2e.running import PATIENCE_S, ROOT, Loop
 

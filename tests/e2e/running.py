@@ -25,8 +25,8 @@ from deploy.watch.scrape import serving_address
 from state.config.loading import load
 from state.config.settings import Settings
 from state.log import Topics, Writer
-from state.process.ports import free_ports
-from state.process.wall_clock import wall_ms
+from state.process.environment import wall_ms
+from state.process.network import free_ports
 from state.registry.registry import Registry
 
 ROOT = Path(__file__).parents[2]

@@ -30,7 +30,7 @@ from state.microbatch.batch import trim
 from state.microbatch.codec import decode
 from state.positions import Source
 from state.process import killpoints
-from state.process.wall_clock import wall_ms
+from state.process.environment import wall_ms
 from state.registry import log_line
 from state.registry.control import Control, start
 from state.registry.manifest import Manifest

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import psutil
 
-from state.process.progress_line import ProgressLine
+from state.process.log_lines import ProgressLine
 from tests.disks import forget_memory
 from tests.e2e.running import MODULES, Loop
 from tests.written import Written

@@ -20,7 +20,7 @@ from state.file_store import open_store
 from state.history.store import HistoryStore
 from state.layout import HISTORIES
 from state.process import killpoints
-from state.process.wall_clock import wall_ms
+from state.process.environment import wall_ms
 from state.registry.registry import Registry
 from tests import forked
 from tests.e2e.evidence import state_at

@@ -22,7 +22,7 @@ import httpx
 import pytest
 
 from state.log import Topics
-from state.process.ports import free_ports
+from state.process.network import free_ports
 from tests.conftest import KafkaFactory
 from tests.e2e.running import until
 from tests.manifests import BASE, ROOT, Box, boxes, documents, sizes_of

@@ -20,7 +20,7 @@ import pytest
 from deploy.serving.requests.grpc_server import message
 from deploy.watch.scrape import serving_address
 from springtide_client import Client, ClientError
-from state.process.ports import free_port
+from state.process.network import free_port
 from tests.disks import forget_memory
 from tests.e2e.hosts import ServingHost
 from tests.e2e.running import SHORT, Loop, until

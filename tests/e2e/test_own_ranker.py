@@ -18,8 +18,8 @@ from deploy import cli
 from state.config.loading import load
 from state.features.spec import FeatureSpec
 from state.log import Writer
-from state.process.ports import free_ports
-from state.process.wall_clock import wall_ms
+from state.process.environment import wall_ms
+from state.process.network import free_ports
 from state.registry.control import Control
 from state.registry.registry import Registry
 from tests import forked

@@ -16,8 +16,8 @@ from unittest import mock
 from deploy.startup import prometheus
 from deploy.watch import scrape
 from state.config.settings import Settings
+from state.process.network import free_port
 from state.process.part import die_with
-from state.process.ports import free_port
 from tests import rules
 from tests.e2e.running import until
 

@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 
 from state.config.settings import Settings, known_settings
 from state.config.sources import RENAMED, removed
+from state.disk.documents import unseal
 from state.events.identity import load_salt
 from state.features.mask import Mask
 from state.features.spec import FeatureSpec
@@ -27,7 +28,6 @@ from state.ranking.transitions import pack, signs_of
 from state.ranking.transitions import unpack as unpack_rows
 from state.registry.control import follow, pin, roll_back
 from state.registry.registry import Registry
-from state.registry.sealed import unseal
 from state.registry.specs import SpecActions
 from state.rows.store import RowStore
 from streaming.histories import check_identity

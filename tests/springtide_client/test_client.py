@@ -36,7 +36,7 @@ from springtide_client import (
     Unreachable,
     User,
 )
-from state.process.ports import free_port
+from state.process.network import free_port
 from tests.deploy.serving.conftest import lowered as lowered
 from tests.deploy.serving.conftest import stores as stores
 from tests.deploy.serving.http_api.test_app import app as app

@@ -20,7 +20,7 @@ from state.metrics import (
     names,
     serve,
 )
-from state.process.ports import free_port
+from state.process.network import free_port
 
 FORBIDDEN_LABELS = {"user", "user_id", "item", "item_id", "category", "id", "version"}
 

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from state import layout
+from state.disk import documents
 from state.disk.lock import DirectoryLock
 from state.file_store import DirectoryStore
 from state.history import snapshots
 from state.history.snapshots import HistorySnapshot, SnapshotFile, UserRange
-from state.registry import sealed
 from state.registry.control import start
 from state.registry.manifest import FileEntry, Manifest, complete, extend, sees
 from state.registry.registry import Registry
@@ -219,7 +219,7 @@ def test_snapshots_of_histories_are_thinned_and_leave_with_the_users_that_they_h
             number, number, "h", 256, "0-63", "salt", "t", ((0, 1),), [], {}, erased, 1, ranges, (file,)
         )
         location.write(file.name, b"x" * 100)
-        location.write(snapshots.document_name(number), sealed.encode(made))
+        location.write(snapshots.document_name(number), documents.encode_sealed(made))
 
     def kept() -> list[int]:
         files = {int(name.partition("/")[0]) for name in location.names(snapshots.FILES)}

@@ -18,8 +18,8 @@ from state import probe
 from state.config.settings import Settings
 from state.file_store import open_store
 from state.log import Log
-from state.process.ports import free_port
-from state.process.wall_clock import wall_ms
+from state.process.environment import wall_ms
+from state.process.network import free_port
 from state.registry.registry import Registry
 from state.registry.sync import CATALOG, read_catalog
 from tests import forked

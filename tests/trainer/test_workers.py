@@ -25,7 +25,7 @@ from state.features.erased import MaskedUsers
 from state.log import Log
 from state.microbatch.codec import decode
 from state.positions import Source
-from state.process.ports import free_port, free_ports
+from state.process.network import free_port, free_ports
 from state.registry.control import erase, roll_back
 from state.registry.registry import Registry
 from tests import forked

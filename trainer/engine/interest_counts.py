@@ -16,8 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from state.compiled import compiled, layout, part_of_sums, read_only
-from state.compiled.mixing import mix
+from state.compiled import compiled, layout, mix, part_of_sums, read_only
 from state.config.settings import Settings
 from state.features.spec import FeatureSpec
 from state.microbatch.batch import MicroBatch

@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from state.compiled import compiled, inlined, layout, part_of_sums
-from state.compiled.mixing import mix
+from state.compiled import compiled, inlined, layout, mix, part_of_sums
 from state.config.settings import Settings
 from state.microbatch.batch import MicroBatch
 from state.ranking import item_scores

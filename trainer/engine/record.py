@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from state.compiled import compiled
-from state.compiled.mixing import mix
+from state.compiled import compiled, mix
 from state.config.settings import Settings
 from state.microbatch.batch import MicroBatch
 from state.ranking.crosses import Crosses, Values

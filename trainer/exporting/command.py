@@ -22,9 +22,9 @@ from state.layout import VERSIONS
 from state.log import Log
 from state.process import log_lines
 from state.process.commands import parser_of
+from state.process.environment import run_in_background
 from state.process.part import quiet_stderr, run_command, while_read
 from state.process.private_files import keep_private
-from state.process.resources import run_in_background
 from state.registry.registry import Registry
 from trainer import device
 

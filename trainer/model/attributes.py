@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from state.attributes.values import U64, AttributeTable
-from state.compiled.mixing import mixed
+from state.compiled import mixed
 from state.config.fields import fields_of
 from state.config.sections import Attributes
 from state.microbatch.batch import MicroBatch

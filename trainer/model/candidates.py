@@ -16,8 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from state.compiled import compiled, layout, read_only
-from state.compiled.mixing import mix
+from state.compiled import compiled, layout, mix, read_only
 from trainer.tables.index import I32, U64
 
 F32 = npt.NDArray[np.float32]

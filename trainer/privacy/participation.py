@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from state.compiled.mixing import mixed
+from state.compiled import mixed
 
 U64 = npt.NDArray[np.uint64]
 Flags = npt.NDArray[np.bool_]

@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from state.compiled import compiled, read_only
-from state.compiled.mixing import mix
+from state.compiled import compiled, mix, read_only
 from trainer.tables.changes import ChangeList, Changes
 from trainer.tables.index import F32, I32, U64, Places, grown
 from trainer.tables.least_used import excess, least_used

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from state.compiled import compiled, inlined, read_only
-from state.compiled.mixing import mix
+from state.compiled import compiled, inlined, mix, read_only
 
 U64 = npt.NDArray[np.uint64]
 I32 = npt.NDArray[np.int32]

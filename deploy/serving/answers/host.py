@@ -27,12 +27,12 @@ from springtide_client.answers import (
 )
 from state.attributes.store import AttributeStore
 from state.attributes.values import tables_of
-from state.compiled.preparing import Kernels
 from state.config.settings import Settings
 from state.errors import BadRequest, NotHeld, NotReady, SpringtideError, StoreError
 from state.events.identity import Salt, user_id
 from state.history.actions import ACTIONS, numbered
 from state.history.store import HistoryStore
+from state.kernels import Kernels
 from state.layout import ATTRIBUTES, DATA, HISTORIES, LOOKALIKES, ROWS, SEGMENTS
 from state.metrics import WorkerMetrics
 from state.rows.store import RowStore

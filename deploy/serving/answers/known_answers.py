@@ -24,8 +24,8 @@ from deploy.serving.answers.tensor_model import BY_ID, VECTOR, signatures_of, te
 from state.config.loading import load
 from state.errors import SettingsError, SpringtideError, of_disk
 from state.events.identity import load_salt
+from state.process.environment import wall_ms
 from state.process.private_files import keep_private
-from state.process.wall_clock import wall_ms
 from state.rows.reader import RowReader
 
 MOST_PAIRS = 1_000_000

@@ -25,7 +25,7 @@ from state.history.appends import Appends
 from state.history.store import HistoryStore
 from state.layout import HISTORIES, PROGRAMS, ROWS
 from state.positions import Source
-from state.process.wall_clock import wall_ms
+from state.process.environment import wall_ms
 from state.ranking import transitions
 from state.ranking.transitions import FOLLOWERS, Lists
 from state.registry.manifest import LogRange, Manifest

@@ -15,7 +15,7 @@ from deploy.serving.requests.access import OPERATE, READ, tokens_in
 from deploy.serving.requests.server import ConnectionLimits, DrainingServer, listen
 from state.config.loading import load
 from state.config.settings import Settings
-from state.process.ports import free_port
+from state.process.network import free_port
 from tests.deploy.operating import NOW_MS, Operator
 
 PORTS = ("stream.metrics_port", "trainer.metrics_port", "serving.metrics_port", "serving.port", "up.metrics_port")

@@ -20,7 +20,7 @@ from deploy.watch import scrape
 from deploy.watch.scrape import console_address
 from state import metrics
 from state.config.loading import load
-from state.process.ports import free_port
+from state.process.network import free_port
 from tests import forked
 from tests.deploy.console.conftest import Reached
 from tests.deploy.operating import Operator

@@ -32,8 +32,8 @@ from state.features.spec import FeatureSpec
 from state.log import Topics, Writer
 from state.microbatch.batch import NAMES
 from state.microbatch.codec import decode, encode
-from state.process.ports import free_port
-from state.process.wall_clock import wall_ms
+from state.process.environment import wall_ms
+from state.process.network import free_port
 from state.registry.registry import Registry
 from tests import forked
 from tests.deploy.serving.conftest import lowered as lowered

@@ -34,8 +34,8 @@ from state.experiments.experiment import GATE, By, Change, Experiment, Experimen
 from state.experiments.gate import report
 from state.features.mask import Mask
 from state.features.spec import FeatureSpec
-from state.process.ports import free_port
-from state.process.wall_clock import wall_ms
+from state.process.environment import wall_ms
+from state.process.network import free_port
 from state.registry import control
 from state.registry.control import roll_back, start, train
 from state.registry.registry import Registry

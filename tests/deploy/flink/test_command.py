@@ -26,7 +26,7 @@ from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
 from state.errors import FlinkFailed
 from state.flink import Checkpoint, Job, Overview
-from state.process.ports import free_ports
+from state.process.network import free_ports
 from tests.e2e.running import ROOT
 
 

@@ -19,8 +19,8 @@ from apache_beam.portability.api import beam_fn_api_pb2, beam_fn_api_pb2_grpc
 
 from deploy.flink.worker_pool import HOST, WORKER
 from deploy.supervisor import end, has_ended
+from state.process.network import free_port, listens
 from state.process.part import die_with
-from state.process.ports import free_port, listens
 from tests.e2e.running import ROOT, until
 
 

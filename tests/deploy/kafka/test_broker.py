@@ -19,7 +19,7 @@ from deploy import local_kafka as broker_module
 from deploy.java_jars import KAFKA, Product, locked
 from deploy.local_kafka import Broker
 from state.errors import KafkaFailed, PortTaken
-from state.process.ports import free_port
+from state.process.network import free_port
 from tests.one_kafka import Running
 from tests.reading import eventually
 

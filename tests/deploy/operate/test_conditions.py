@@ -16,7 +16,7 @@ from state.config.settings import Settings
 from state.errors import SettingsError, SpringtideError
 from state.features.mask import Mask
 from state.metrics import ApplierMetrics, TrainerMetrics, serve
-from state.process.ports import free_ports
+from state.process.network import free_ports
 from state.registry import control
 from state.registry.log_line import WHOLE, turned
 from state.registry.registry import Registry

@@ -12,7 +12,7 @@ from deploy.operate import masking
 from deploy.sections import held_text, held_update
 from state.config.loading import load
 from state.errors import CorruptVersion, SettingsError, UnfitMask, UnfitVersion, UnknownVersion
-from state.process.actor import actor
+from state.process.environment import actor
 from state.registry.control import HeldUpdate, SuspectClicks, named
 from state.registry.control import hold as hold_update
 from tests.deploy.operating import NOW_MS, TOPIC, Operator

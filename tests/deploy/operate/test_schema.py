@@ -13,7 +13,7 @@ from deploy.validation.process import LogValidation
 from state.config.settings import Settings
 from state.errors import RegistryError, SettingsError
 from state.metrics import ValidationMetrics
-from state.process.actor import actor
+from state.process.environment import actor
 from state.registry.registry import Registry
 from state.statistics.schema import of_text
 from tests.deploy.validation.live import MINUTE_MS, START_MS, bootstrapped, minutes, settings_at, written

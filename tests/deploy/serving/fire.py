@@ -28,7 +28,7 @@ from state.history.appends import Appends
 from state.history.store import HistoryStore
 from state.layout import HISTORIES, ROWS
 from state.metrics import ApplierMetrics
-from state.process.wall_clock import wall_ms
+from state.process.environment import wall_ms
 from state.registry.control import start
 from state.registry.manifest import Draft, LogRange
 from state.registry.registry import Registry

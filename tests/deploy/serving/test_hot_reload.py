@@ -12,7 +12,7 @@ import pytest
 
 from state.config.settings import Settings
 from state.features.spec import FeatureSpec
-from state.process.ports import free_port
+from state.process.network import free_port
 from state.registry.registry import Registry
 from tests.deploy.serving.fire import USERS, Fire, HostWriter, Line, Trainer
 from tests.deploy.serving.stocked import CATEGORIES, DIM, SALT_KEY, Lowered, Stores, small

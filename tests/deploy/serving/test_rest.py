@@ -27,7 +27,7 @@ from deploy.serving.requests.server import ConnectionLimits, DrainingServer
 from deploy.serving.rest import COUNTER_BYTES, KINDS, App, make_counters
 from deploy.watch import scrape
 from state.events.identity import Salt
-from state.process.ports import free_port
+from state.process.network import free_port
 from tests import forked
 from tests.deploy.serving.stocked import NOW_MS, SALT_KEY, Stores, digest_of, manifest, tensors
 

@@ -17,10 +17,10 @@ from prometheus_client import CollectorRegistry
 from deploy.serving.answers.host import Host
 from deploy.serving.rest import Warming
 from deploy.watch.scrape import Scrape, parsed
-from state.compiled.preparing import Kernels
 from state.errors import NotReady
 from state.events.identity import Salt
-from state.process.ports import free_port
+from state.kernels import Kernels
+from state.process.network import free_port
 from tests.deploy.serving.stocked import NOW_MS, SALT_KEY, Stores
 from tests.deploy.serving.test_rest import answers, until, worker
 
@@ -31,10 +31,10 @@ from deploy.serving.answers.host import Host
 from deploy.serving.rest import App
 from deploy.serving.rest import Warming
 from state.compiled import FIRST_CALLS
-from state.compiled.preparing import Kernels
+from state.kernels import Kernels
 from state.config.loading import load
 from state.events.identity import load_salt
-from state.process.wall_clock import wall_ms
+from state.process.environment import wall_ms
 
 PATHS = (
     "/v1/profiles/ann", "/v1/recommendations/ann", "/v1/similar/ann", "/v1/profiles/ann/explain?item=i1",

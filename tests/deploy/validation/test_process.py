@@ -22,7 +22,7 @@ from state.config.settings import Settings
 from state.errors import LogError
 from state.log import Log
 from state.metrics import ValidationMetrics
-from state.process.ports import free_port
+from state.process.network import free_port
 from tests import forked
 from tests.conftest import KafkaFactory
 from tests.deploy.validation.live import (

@@ -24,7 +24,7 @@ from deploy.watch.panel import Screen, live_line, panel
 from deploy.watch.scrape import Scrape, fetch, parsed, scrape
 from deploy.watch.snapshot import Snapshot
 from state.metrics import ANSWERING_ROUTES, ApplierMetrics, StreamMetrics, TrainerMetrics, WorkerMetrics, serve
-from state.process.ports import free_port
+from state.process.network import free_port
 from tests.rules import RECORDED
 
 

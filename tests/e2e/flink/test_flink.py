@@ -16,7 +16,7 @@ from deploy.flink.command import end_jobs
 from state.config.settings import Settings
 from state.flink import JobManager, url
 from state.log import Topics
-from state.process.ports import listens
+from state.process.network import listens
 from tests.conftest import KafkaFactory
 from tests.e2e.flink.cluster import LocalFlink
 from tests.e2e.running import until

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from deploy.startup import prometheus
-from state.process.ports import free_ports
+from state.process.network import free_ports
 from tests import rules
 from tests.e2e.running import SHORT, Loop
 from tests.e2e.watching import Watching

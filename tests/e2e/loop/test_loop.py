@@ -20,7 +20,7 @@ from state.events.identity import load_salt, public_id, user_id
 from state.log import Reader, Topics, Writer
 from state.microbatch.batch import Kind, MicroBatch, trained
 from state.microbatch.codec import decode
-from state.process.wall_clock import wall_ms
+from state.process.environment import wall_ms
 from state.registry.registry import Registry
 from tests.disks import forget_memory
 from tests.e2e.hosts import ServingHost

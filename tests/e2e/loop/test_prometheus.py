@@ -14,7 +14,7 @@ from deploy.grafana.__main__ import load
 from deploy.watch import scrape
 from state import metrics
 from state.log import Writer
-from state.process.wall_clock import wall_ms
+from state.process.environment import wall_ms
 from tests import rules
 from tests.dashboards import queries
 from tests.e2e.running import Loop, until

@@ -23,7 +23,7 @@ from deploy.watch import scrape
 from state.config.settings import Settings
 from state.experiments.experiment import GATE, By, Change, Experiment, Experiments
 from state.log import Topics, topic_plan
-from state.process.wall_clock import wall_ms
+from state.process.environment import wall_ms
 from state.registry.registry import Registry
 from tests import runbook
 from tests.e2e.loop import lost_disk, new_release

@@ -21,7 +21,7 @@ from deploy.watch.scrape import serving_address
 from state.experiments.experiment import Experiments, Schedule
 from state.experiments.exposure import LIVE, TRIAL
 from state.experiments.past import read_past
-from state.process.wall_clock import wall_ms
+from state.process.environment import wall_ms
 from state.registry.registry import Registry
 from tests.e2e.loop.test_page import CHROMIUM, PATIENCE_MS
 from tests.e2e.loop.test_page import browser as browser

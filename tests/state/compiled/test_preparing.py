@@ -14,14 +14,13 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from state.compiled import FIRST_CALLS, declared
-from state.compiled.preparing import Kernels
 from state.features.erased import MaskedUsers
 from state.features.kernel import many_rows
 from state.features.mask import Mask
 from state.features.spec import EVENT, FeatureSpec, vectorise_many
 from state.history.appends import Appends
 from state.history.store import HistoryStore
-from state.kernels import modules
+from state.kernels import Kernels, modules
 from streaming.profile import Profiler
 from tests.vectors import vectorise
 
@@ -35,7 +34,7 @@ from typing import NamedTuple
 from prometheus_client import CollectorRegistry
 
 from state.compiled import compiled, layout
-from state.compiled.preparing import Kernels
+from state.kernels import Kernels
 
 
 @layout("i8[::1], f8")

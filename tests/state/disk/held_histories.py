@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from state.disk.memory_store import enter
+from state.disk.lmdb_store import enter_memory
 from state.features.spec import EVENT
 from state.history.appends import Appends
 from state.history.store import HistoryStore
@@ -22,7 +22,7 @@ USERS = 40
 def opened(link: Path, memory: Disk | None, boot_id: str | None = None) -> HistoryStore:
     """The store as its writer opens it; without `memory` as an older release did."""
     if memory is not None:
-        enter(link, str(memory.path), boot_id)
+        enter_memory(link, str(memory.path), boot_id)
     return HistoryStore(link, 32, 64 * MIB, boot_id=boot_id)
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from state import layout
 from state.disk import memory_place
-from state.disk.memory_store import bring_back, enter
+from state.disk.lmdb_store import enter_memory, leave_memory
 from state.errors import CorruptStore, StoreError, StoreFull
 from state.history.store import HistoryStore
 from state.process import killpoints
@@ -183,14 +183,14 @@ def test_histories_in_memory_can_be_set_aside_on_the_disk(link: Path, memory: Di
     commit(store, 5)
     before = told(store)
     crash(store)
-    bring_back(link)
+    leave_memory(link)
     assert not link.is_symlink() and held(memory) == []
     store = opened(link, None)
     assert told(store) == before
     store.close()
     crash(opened(link, memory))
     power_cut(memory)
-    bring_back(link)
+    leave_memory(link)
     assert not os.path.lexists(link)
 
 
@@ -238,14 +238,14 @@ def test_with_too_little_memory_or_none_wanted_it_stays_on_the_disk_and_says_why
     before = told(store)
     store.close()
     filler = memory.fill()
-    full = enter(link, str(memory.path))
+    full = enter_memory(link, str(memory.path))
     assert full.why == f"{memory.path} has space for 0 MB, and 1 MB are wanted" and not full.in_memory
     filler.unlink()
-    assert enter(link, "") == memory_place.Place(link, False)
+    assert enter_memory(link, "") == memory_place.Place(link, False)
     assert held(memory) == []
     # One that a kill left in memory leaves it where nothing should lie there.
     crash(opened(link, memory))
-    enter(link, "")
+    enter_memory(link, "")
     assert not link.is_symlink() and held(memory) == []
     store = opened(link, None)
     assert told(store) == before

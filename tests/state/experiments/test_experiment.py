@@ -170,7 +170,7 @@ from state.config.loading import load
 from state.experiments import experiment
 from state.experiments.experiment import Change, Experiment, Experiments
 settings = load([f"--paths.state={sys.argv[1]}"], {}, "/dev/null")
-module, name = {"fill": (None, ""), "rename": (Path, "rename"), "document": (experiment.sealed, "encode")}[sys.argv[2]]
+module, name = {"fill": (None, ""), "rename": (Path, "rename"), "document": (experiment.documents, "encode_sealed")}[sys.argv[2]]
 def die(*_):
     os._exit(9)
 if module is not None:

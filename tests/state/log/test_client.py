@@ -22,7 +22,7 @@ from state.config.sections import Kafka
 from state.errors import LogError, UnreachableBroker
 from state.log import Reader, Topics, Writer, client_options
 from state.log.client import ClientSelector
-from state.process.ports import HOST, free_port, listens
+from state.process.network import HOST, free_port, listens
 
 LEFT_SOCKETS = pytest.mark.filterwarnings("ignore:unclosed <s:ResourceWarning")
 

@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 
 from state.config.sections import LogSettings
-from state.process.log_lines import Lines, event_of
+from state.process.log_lines import CLEAR, TERMINAL_EVERY_S, Lines, ProgressLine, event_of
 from state.process.part import own_stderr, quiet_stderr, quiet_tensorflow
-from state.process.progress_line import CLEAR, TERMINAL_EVERY_S, ProgressLine
 
 
 class Said:

@@ -7,7 +7,7 @@ import sys
 
 LATER = """
 import gc, sys, weakref
-from state.process.resources import freeze_objects
+from state.process.environment import freeze_objects
 
 class Cycle:
     def __init__(self):
@@ -45,7 +45,7 @@ def test_a_cycle_that_is_old_goes_several_times_as_soon() -> None:
 HOLES = """
 import re
 from pathlib import Path
-from state.process.resources import TRIM_EVERY_S, Holes
+from state.process.environment import TRIM_EVERY_S, Holes
 
 def megabytes():
     return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024

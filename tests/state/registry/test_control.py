@@ -13,12 +13,13 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from state.disk import documents
 from state.errors import CorruptVersion, UnfitMask
 from state.experiments.experiment import Experiment, Schedule
 from state.features.erased import MaskedUsers
 from state.features.mask import Mask
 from state.positions import Source
-from state.registry import manifest, sealed
+from state.registry import manifest
 from state.registry.control import (
     MOST_RELEASED,
     Control,
@@ -395,21 +396,21 @@ def test_the_newest_generation_is_found_without_reading_the_others(
 @example(b"")
 @example(b"{}")
 @example(b"\xff")
-@example(sealed.seal(b"[1]"))
-@example(sealed.seal(b"{}"))
+@example(documents.seal(b"[1]"))
+@example(documents.seal(b"{}"))
 def test_bytes_that_are_no_document_are_refused_by_a_value_error(data: bytes) -> None:
     with pytest.raises(ValueError, match=r"."):
         manifest.decode(data)
     with pytest.raises(ValueError, match=r"."):
-        sealed.decode(data, Experiment)
+        documents.decode_sealed(data, Experiment)
 
 
 def test_each_flipped_byte_of_a_document_is_seen() -> None:
-    data = sealed.encode(Schedule(7, "retrain-1"))
-    assert sealed.decode(data, Schedule) == Schedule(7, "retrain-1")
+    data = documents.encode_sealed(Schedule(7, "retrain-1"))
+    assert documents.decode_sealed(data, Schedule) == Schedule(7, "retrain-1")
     for place in range(len(data)):
         with pytest.raises(ValueError, match=r"."):
-            sealed.decode(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :], Schedule)
+            documents.decode_sealed(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :], Schedule)
 
 
 CLICKS_SOURCE = Source("ab" * 16, 0)

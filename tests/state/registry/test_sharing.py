@@ -14,7 +14,7 @@ from state.errors import ControlConflict, CorruptVersion, LockHeld, SettingsErro
 from state.features.erased import MaskedUsers
 from state.features.mask import Mask
 from state.file_store import FileStore, open_store
-from state.process.wall_clock import wall_ms
+from state.process.environment import wall_ms
 from state.registry import hosts
 from state.registry.claim import LEASE_S, Claim, Silence
 from state.registry.control import erase, follow, pin, start, take_over, train

@@ -22,7 +22,7 @@ from state.features.erased import MaskedUsers
 from state.features.spec import FeatureSpec
 from state.log import Topics
 from state.positions import Source
-from state.process.wall_clock import wall_ms
+from state.process.environment import wall_ms
 from state.registry.control import erase as erasing
 from state.registry.control import start
 from state.registry.controls import Controls

@@ -27,7 +27,7 @@ from state.features.mask import Mask
 from state.log import Topics
 from state.microbatch.codec import decode
 from state.positions import Range, Source
-from state.process.ports import free_port
+from state.process.network import free_port
 from state.registry.control import roll_back, start
 from state.registry.controls import Controls
 from state.registry.log_line import turned

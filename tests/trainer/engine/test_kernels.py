@@ -14,8 +14,8 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from state.compiled import FIRST_CALLS
-from state.compiled.preparing import Kernels
 from state.config.settings import Settings
+from state.kernels import Kernels
 from state.microbatch.batch import MicroBatch
 from state.microbatch.codec import decode, encode
 from tests.trainer.batches import SPEC, START_MS, micro_batch

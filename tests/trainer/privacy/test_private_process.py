@@ -13,7 +13,7 @@ from deploy import status
 from deploy.watch import scrape
 from state.errors import SettingsError
 from state.log import Log
-from state.process.ports import free_port
+from state.process.network import free_port
 from state.registry import privacy_ledger
 from state.registry.registry import Registry
 from tests.conftest import KafkaFactory

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from state.compiled.mixing import mixed
+from state.compiled import mixed
 from state.ranking.transitions import FOLLOWERS, MOST, WIDTH, unpack
 from trainer.tables.index import IdIndex, hashed_uniform
 from trainer.tables.lists import CountTable

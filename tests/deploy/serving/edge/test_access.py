@@ -28,7 +28,7 @@ from deploy.watch.scrape import serving_address
 from state.config.sections import ServingSettings
 from state.config.settings import Settings
 from state.errors import Forbidden, SettingsError, Unauthorized
-from state.process.ports import free_port
+from state.process.network import free_port
 from tests.deploy.serving.edge.certificates import write_certificate
 from tests.deploy.serving.grpc_api.test_server import call, of
 from tests.deploy.serving.http_api.test_app import app_of, ask

@@ -21,7 +21,7 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from deploy.serving.requests.grpc_server import message
 from deploy.watch import scrape
-from state.process.ports import free_port
+from state.process.network import free_port
 from tests.deploy.serving.grpc_api.test_server import call, of
 from tests.deploy.serving.stocked import Stores
 from tests.deploy.serving.test_rest import answers, until, worker

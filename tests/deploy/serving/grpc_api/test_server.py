@@ -38,7 +38,7 @@ from deploy.serving.requests.worker_metrics import RequestCounts
 from state.errors import BadRequest, NotReady
 from state.events.identity import public_id
 from state.metrics import WorkerMetrics
-from state.process.ports import free_port
+from state.process.network import free_port
 from tests.deploy.serving.stocked import NOW_MS, Stores, digest_of, manifest, tensors
 from tests.deploy.serving.test_rest import answers, until, worker
 

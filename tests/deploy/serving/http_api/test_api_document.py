@@ -23,7 +23,7 @@ from deploy.serving.requests import http as endpoints
 from deploy.serving.requests import parameters as requests
 from deploy.serving.rest import App
 from springtide_client.answers import Profile
-from state.process.ports import free_port
+from state.process.network import free_port
 from tests.deploy.serving.http_api.test_app import app as app
 from tests.deploy.serving.http_api.test_app import ask
 from tests.deploy.serving.stocked import Stores

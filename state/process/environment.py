@@ -1,14 +1,45 @@
-"""Limits what a process takes from the machine: its priority on a busy one, and the memory of a long-running process."""
+"""What a process takes from its surroundings: the wall clock, the person who runs it, its priority and its memory."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import getpass
 import os
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
+
+
+def wall_ms() -> int:
+    """Milliseconds since the Unix epoch."""
+    return time.time_ns() // 1_000_000
+
+
+_named: ContextVar[str] = ContextVar("actor", default="")
+
+
+def actor() -> str:
+    """The name set by `acting`, or else the operating system's user; with sudo, the user who called it."""
+    if named := _named.get():
+        return named
+    try:
+        return os.environ.get("SUDO_USER") or getpass.getuser()
+    except (KeyError, OSError):
+        return f"uid {os.getuid()}"
+
+
+@contextmanager
+def acting(name: str) -> Iterator[None]:
+    """Sets the actor for commands within the block, for a process that acts on a user's behalf."""
+    before = _named.set(name)
+    try:
+        yield
+    finally:
+        _named.reset(before)
+
 
 NICENESS = 10
 TRIM_EVERY_S = 10.0

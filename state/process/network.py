@@ -1,13 +1,17 @@
-"""Ports of this machine: free ones, those that may be used, and whether a process listens on one."""
+"""The network as a process uses it: free ports of this machine, ports that are in use, and one HTTP request."""
 
 from __future__ import annotations
 
 import errno
 import secrets
 import socket
+import ssl
+import urllib.error
+import urllib.request
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
 from functools import cache
+from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
@@ -111,3 +115,17 @@ def _owner(port: int) -> str:
     except (psutil.Error, OSError):
         pass
     return ""
+
+
+def ask(
+    request: str | urllib.request.Request, timeout_s: float, context: ssl.SSLContext | None = None
+) -> tuple[int, str]:
+    """Status and body of a GET, or of the given request; status 0 and the reason if there is no response in time."""
+    try:
+        with urllib.request.urlopen(request, timeout=timeout_s, context=context) as answer:
+            return int(answer.status), answer.read().decode()
+    except urllib.error.HTTPError as refused:
+        return refused.code, refused.read().decode("utf-8", "replace")
+    # HTTPException: the process died while it sent the response.
+    except (OSError, ValueError, HTTPException) as problem:
+        return 0, str(getattr(problem, "reason", problem))

@@ -8,7 +8,7 @@ before the first call:
 
 Types are Numba's short names: `i8[:, ::1]` is a contiguous two-dimensional array of int64, and `const(...)` is a
 read-only array. A named tuple is named by its class, whose fields declare their types with `@layout`.
-`state.compiled.preparing` prepares all declared kernels of a process. A kernel that only kernels call declares nothing:
+`state.kernels` prepares all declared kernels of a process. A kernel that only kernels call declares nothing:
 it is compiled as a part of them.
 
 Numba lets a negative index count from the end. If an index of an inner loop is a signed sum such as `first + j`, the
@@ -32,9 +32,11 @@ from typing import Any, NamedTuple, TypeVar, cast, overload
 
 import numba
 import numpy as np
-from numba.core import runtime
+from llvmlite import ir
+from numba.core import cgutils, runtime
 from numba.core.caching import IndexDataCacheFile
 from numba.core.compiler_lock import global_compiler_lock
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 Kernel = TypeVar("Kernel", bound=Callable[..., object])
@@ -355,3 +357,90 @@ def _stamp_of(kernel: Callable[..., object]) -> str:
 @lru_cache
 def _source(file: str) -> bytes:
     return Path(file).read_bytes()
+
+
+@compiled("u8")
+def mix(value: np.uint64) -> np.uint64:
+    """splitmix64's finaliser (Steele, Lea and Flood 2014)."""
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))
+
+
+def mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """`mix` of each of `[n]` uint64, computed by NumPy, for callers that need one call per batch and no kernel.
+
+    >>> values = np.array([1, 2**63], np.uint64)
+    >>> mixed(values).tolist() == [int(mix(value)) for value in values]
+    True
+    """
+    mixed_values: NDArray[np.uint64] = cast(Any, mix).py_func(values)
+    return mixed_values
+
+
+F32 = NDArray[np.float32]
+I32 = NDArray[np.int32]
+
+_LN2 = np.float32(np.log(2.0))
+
+
+@part_of_sums
+def logarithms(values: F32, bits: I32, logs: F32, count: int, first: int) -> None:
+    """Writes the logarithms of the first `count` values of each row to `logs`, from column `first` on.
+
+    Args:
+        values: `[A, n]` float32, at least 1; overwritten.
+        bits: `values` viewed as int32.
+        logs: `[A, m]` float32; the error is below 2e-6.
+        count: The number of values of a row.
+        first: A column of `logs`.
+    """
+    for a in range(values.shape[0]):
+        to = logs[a, first : first + count]
+        # In two loops, because `bits` is a view of `values`.
+        for j in range(count):
+            exponent = (bits[a, j] >> np.int32(23)) - np.int32(127)
+            to[j] = np.float32(exponent) * _LN2
+            bits[a, j] -= exponent << np.int32(23)
+        for j in range(count):
+            # log m = 2 artanh t for m in [1, 2).
+            t = (values[a, j] - np.float32(1.0)) / (values[a, j] + np.float32(1.0))
+            u = t * t
+            series = np.float32(1 / 3) + u * (np.float32(1 / 5) + u * (np.float32(1 / 7) + u * np.float32(1 / 9)))
+            to[j] += np.float32(2.0) * t * (np.float32(1.0) + u * series)
+
+
+def _prefetching(_context: Any, array: Any, index: Any) -> Any:
+    """Prefetches the cache line of an element for writing; the element must exist. It changes no data.
+
+    index: Its index, or a tuple of the first indices of several; the others are 0. `prefetch(array[row], k)` would create
+    a view, and counting its references costs more than the prefetch.
+    """
+    given = (
+        numba.types.UniTuple(numba.types.intp, len(index))
+        if isinstance(index, numba.types.BaseTuple)
+        else numba.types.intp
+    )
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array, zero = (
+            context.make_array(signature.args[0])(context, builder, arguments[0]),
+            context.get_constant(numba.types.intp, 0),
+        )
+        is_tuple = isinstance(signature.args[1], numba.types.BaseTuple)
+        first = cgutils.unpack_tuple(builder, arguments[1]) if is_tuple else [arguments[1]]
+        first = [*first, *[zero] * (signature.args[0].ndim - len(first))]
+        at = cgutils.get_item_pointer(context, builder, signature.args[0], array, first)
+        pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        call = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+        # Arguments: for writing, into all cache levels, data cache.
+        builder.call(
+            builder.module.declare_intrinsic("llvm.prefetch", [pointer], call),
+            [builder.bitcast(at, pointer), number(1), number(3), number(1)],
+        )
+        return context.get_dummy_value()
+
+    return numba.types.none(array, given), generate
+
+
+prefetch: Any = intrinsic(_prefetching)
