@@ -36,9 +36,8 @@ from state.log import Topics, topic_plan
 from state.process.commands import parser_of
 from state.process.environment import wall_ms
 from state.process.part import stop_on_signals
-from state.recordings.crowd import as_utc
 from state.recordings.files import as_settings, chosen, digest
-from state.recordings.rows import NO_TIME, mapped_fields, shown_reasons
+from state.recordings.rows import NO_TIME, as_utc, mapped_fields, shown_reasons
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,7 +15,7 @@ from deploy.operate.versions import open_registry
 from deploy.watch import accounts, scrape
 from deploy.watch.figures import segments_behind
 from deploy.watch.scrape import SEGMENTS, Scrape
-from state import layout
+from state import layout, storage
 from state.config.settings import Settings
 from state.disk import memory_place
 from state.errors import SpringtideError, UnknownTopic
@@ -26,8 +26,7 @@ from state.registry.claim import standbys, trainer_of
 from state.registry.control import HeldUpdate
 from state.registry.privacy_ledger import PrivacyLedger
 from state.segments.expression import texts_of
-from state.storage import shares
-from state.storage.shares import free_bytes, used_bytes
+from state.storage import free_bytes, used_bytes
 from state.user_shares import UserShares
 
 LONGEST_WAIT_S = 3.0
@@ -229,9 +228,9 @@ def privacy_text(budget: Mapping[str, Any]) -> Text:
 
 def disk_usage(settings: Settings) -> dict[str, Any] | None:
     """Returns the disk usage of each part on this machine against its share; None if nothing is stored here."""
-    folders = {part: [path for path in shares.folders(settings, part) if path.is_dir()] for part in shares.SHARES}
+    folders = {part: [path for path in storage.folders(settings, part) if path.is_dir()] for part in storage.SHARES}
     parts = {
-        part: {"used_bytes": used_bytes(paths), "limit_bytes": shares.limit_bytes(settings, part)}
+        part: {"used_bytes": used_bytes(paths), "limit_bytes": storage.limit_bytes(settings, part)}
         for part, paths in folders.items()
         if paths
     }
@@ -239,7 +238,7 @@ def disk_usage(settings: Settings) -> dict[str, Any] | None:
         return None
     return {
         "used_bytes": sum(part["used_bytes"] for part in parts.values()),
-        "budget_bytes": shares.budget_bytes(settings),
+        "budget_bytes": storage.budget_bytes(settings),
         "free_bytes": min(free_bytes(path) for paths in folders.values() for path in paths),
         "parts": parts,
     }

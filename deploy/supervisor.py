@@ -28,7 +28,7 @@ from state.errors import (
 from state.metrics import SupervisorMetrics
 from state.process.part import die_with
 from state.process.user_code import for_children
-from state.storage.shares import LOGS, kept_bytes
+from state.storage import LOGS, kept_bytes
 
 WAITS_FOR_OTHERS = (UnreachableBroker, StoreFull, UnusableDisk, UnusablePlace, UnusableRegistry)
 FIRST_WAIT_S = 0.25

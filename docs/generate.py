@@ -20,7 +20,7 @@ from prometheus_client import CollectorRegistry
 from deploy import capacity, cli
 from deploy.command_line import OWN_HELP, PROCESSES, parser
 from state import metrics
-from state.events.dead_letters import Reason
+from state.events.decoding import Reason
 
 OFFERED = {
     metrics.KernelMetrics: "Each process that uses compiled kernels: stream, trainer, applier, worker, validation, segments.",
@@ -182,7 +182,7 @@ def dead_letters() -> str:
     lines = [
         "# Dead-letter reasons",
         "",
-        "Generated from `state/events/dead_letters.py`. A record that cannot be read as an event goes to "
+        "Generated from `state/events/decoding.py`. A record that cannot be read as an event goes to "
         "`kafka.dead_letters_topic`, with reason, partition and offset in its headers. "
         "[The runbook](../operate/runbook.md#dead-letters) explains what to do.",
         "",

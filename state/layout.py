@@ -35,7 +35,7 @@
     │   ├── rows.disk/           the rows if memory has no space
     │   ├── histories attributes/   as for the stream
     │   ├── segments/            members of segments              state/segments/members.py
-    │   ├── lookalikes/          the newest list for each segment state/segments/lookalikes.py
+    │   ├── lookalikes/          the newest list for each segment state/segments/members.py
     │   ├── current.version, current.histories   times only       deploy/serving/host_files.py
     │   ├── exposures/           exposures that workers have not sent to Kafka yet   deploy/serving/host_files.py
     │   ├── counters/            counters of workers that share a port     deploy/serving/rest.py

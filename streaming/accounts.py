@@ -18,7 +18,7 @@ from state.config.sections import Kafka
 from state.disk import files as durable
 from state.errors import GapError, TruncatedLog
 from state.history.appends import Appends
-from state.history.counts import OUTCOMES
+from state.history.chunks import OUTCOMES
 from state.history.store import HistoryStore
 from state.layout import GAPS, LEADERS
 from state.log import Log, Reader, accepted_gaps
@@ -239,7 +239,7 @@ def show(store: HistoryStore, metrics: StreamMetrics, known: tuple[str, ...] = (
 
 
 def show_totals(metrics: StreamMetrics, counts: Mapping[str, int], waiting: int) -> None:
-    """Sets an account's gauges from `state.history.counts.summed` and the number of waiting impressions."""
+    """Sets an account's gauges from `state.history.chunks.summed_counts` and the number of waiting impressions."""
     totals = dict.fromkeys(RARE, 0) | dict(counts)
     for name in ("positions", *OUTCOMES, *OF_LABELS, "gap", "masked"):
         metrics.accounting_positions.labels(name).set(totals[name])

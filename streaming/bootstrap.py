@@ -58,10 +58,8 @@ from state.recordings.files import Recording, as_settings, chosen
 from state.recordings.rows import shown_reasons
 from state.registry.model_fit import require_same_salt
 from state.registry.registry import Registry
-from state.statistics.baselines import baseline_files
-from state.statistics.collecting import Statistics
-from state.statistics.protos import dataset
-from state.statistics.schema import infer
+from state.statistics.baselines import baseline_files, infer_schema
+from state.statistics.collecting import Statistics, dataset
 from streaming.context import JobContext, open_job
 from streaming.past import Batches, recorded_batches
 from streaming.preprocessing import (
@@ -451,7 +449,7 @@ def run(settings: Settings, say: Say, wanted: Wanted = TOPIC, clock: Callable[[]
 def _keep(sample: Sample, transform: Path, folder: Path) -> None:
     shutil.copytree(transform, folder / "transform")
     statistics = dataset(sample.statistics, "bootstrap")
-    schema = infer(statistics, warm=False)
+    schema = infer_schema(statistics, warm=False)
     for name, data in baseline_files(schema, statistics).items():
         (folder / name).write_bytes(data)
 

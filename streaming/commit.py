@@ -25,7 +25,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
 from state.errors import LogError, StoreFull, UnusableDisk
-from state.events.dead_letters import Reason
+from state.events.decoding import Reason
 from state.history.sweeping import Sweeper
 from state.history.waiting import Changes, Extra
 from state.metrics import StreamMetrics

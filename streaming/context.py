@@ -45,8 +45,7 @@ from state.positions import Gap
 from state.process import killpoints
 from state.process.environment import wall_ms
 from state.registry.sharing import copying
-from state.storage.shares import STREAM, map_bytes, offer
-from state.storage.waiting import Room
+from state.storage import STREAM, Room, map_bytes, offer
 from streaming import accounts, control
 from streaming.accounts import Leaders
 from streaming.attributes import Join

@@ -29,15 +29,14 @@ from state.disk.lock import DirectoryLock
 from state.errors import CorruptStore, SaltMismatch, SpecMismatch
 from state.events.identity import Salt, own_salt
 from state.features.spec import FeatureSpec
-from state.history.actions import ACTIONS, numbered
-from state.history.appends import Appends
+from state.history.appends import ACTIONS, Appends, numbered
 from state.history.store import HistoryStore, open_history_store
 from state.layout import HISTORIES, MARK
 from state.log import Log
 from state.process import killpoints
 from state.registry.model_fit import require_same_model
 from state.registry.specs import SpecActions
-from state.storage.shares import STREAM
+from state.storage import STREAM
 from streaming.writer import id_of_first_release, last_id, note_first_release, transactional_id
 
 REBUILDING = f"{HISTORIES}.rebuilding"

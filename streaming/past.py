@@ -32,11 +32,10 @@ from state.microbatch.codec import END, framed
 from state.positions import Source
 from state.process.environment import wall_ms
 from state.process.part import run_part
-from state.recordings.crowd import RecordedTimes, described
 from state.recordings.files import Recording, constants_of, find, refuse_beyond_memory
-from state.recordings.rows import I64, EncodedRows, Encoder, joined, order
+from state.recordings.rows import I64, EncodedRows, Encoder, RecordedTimes, described, joined, order
 from state.registry.log_line import WHOLE
-from state.storage.shares import STREAM, map_bytes
+from state.storage import STREAM, map_bytes
 from streaming.alignment import AlignedReader, Reached
 from streaming.commit import StreamSweep
 from streaming.context import JobContext, open_job, open_join

@@ -38,8 +38,7 @@ from state.errors import MicroBatchError, SaltMismatch, SettingsError, SpecMisma
 from state.events.identity import Salt, load_salt
 from state.features.erased import Flags
 from state.features.spec import FeatureSpec
-from state.history.actions import renumbered
-from state.history.appends import Appends, events_of
+from state.history.appends import Appends, events_of, renumbered
 from state.history.branch_records import branch_records
 from state.history.rewinding import branch_of
 from state.history.snapshots import SHARED_EXTRAS, HistorySnapshot, Wanted, load_newest, location_of
@@ -61,7 +60,7 @@ from state.process.part import Work, run_process
 from state.registry.controls import ControlPoll
 from state.registry.log_line import WHOLE, counts
 from state.registry.specs import SpecActions
-from state.storage.shares import STREAM, map_bytes
+from state.storage import STREAM, map_bytes
 from streaming import histories
 from streaming.context import open_job
 from streaming.control import ControlWatch, Desired, roll_back_histories

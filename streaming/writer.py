@@ -21,7 +21,7 @@ from state.config.sections import Kafka
 from state.config.settings import Settings
 from state.disk import files as durable
 from state.errors import UnreachableBroker
-from state.events.dead_letters import DeadLetter
+from state.events.decoding import DeadLetter
 from state.layout import HISTORIES, WRITER
 from state.log import Log, Writer
 from state.metrics import StreamMetrics

@@ -43,7 +43,7 @@ from state.registry.directory import usable
 from state.registry.erasing import ErasureReport, report, reports
 from state.registry.manifest import Manifest, entries, sees
 from state.registry.registry import SERVING, TRAINING, Registry
-from state.storage.shares import REGISTRY, kept_bytes, used_bytes
+from state.storage import REGISTRY, kept_bytes, used_bytes
 from trainer.versions import content
 from trainer.versions.content import CrossedIds, without, without_tombstones
 

@@ -34,7 +34,7 @@ from state.registry.log_line import onward
 from state.registry.model_fit import former_specs
 from state.registry.registry import RECENT_S, Registry
 from state.registry.segments import ClickRanges, clicks_in, from_json, has_caught_up, learned_before
-from state.storage.waiting import Room, is_full, unless_full
+from state.storage import Room, is_full, unless_full
 from trainer import accounts, gauges
 from trainer.accounts import Passages
 from trainer.beginning import Begins, from_nothing, resume

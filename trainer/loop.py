@@ -57,8 +57,7 @@ from state.registry.control import Control, start
 from state.registry.model_fit import require_same_model, version_to_go_on_from
 from state.registry.registry import Registry
 from state.registry.sharing import owning
-from state.storage.shares import REGISTRY, offer
-from state.storage.waiting import Room, is_full
+from state.storage import REGISTRY, Room, is_full, offer
 from trainer import device
 from trainer.checks import is_own
 from trainer.lag import Taken, TrainingLag

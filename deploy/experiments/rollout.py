@@ -27,7 +27,7 @@ from state import layout
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
 from state.errors import ControlConflict, GapError, LogError, MicroBatchError, RegistryError, SettingsError
-from state.experiments import exposure
+from state.experiments import evidence
 from state.experiments.evidence import Evidence
 from state.experiments.experiment import GATE, By, Experiment, Experiments
 from state.experiments.gate import Decision, RolloutReport, as_lines, decide, report
@@ -135,7 +135,7 @@ class RolloutDriver:
         """
         # 1.
         for batch in self._exposures.poll(FETCH_S, RECORDS_AT_ONCE):
-            exposures = (exposure.decode(value) for value in batch.values if value is not None)
+            exposures = (evidence.decode_exposure(value) for value in batch.values if value is not None)
             self.evidence.expose(shown for shown in exposures if shown is not None)
         # 2.
         now_ms = self._now_ms()

@@ -19,8 +19,8 @@ from state.disk import documents
 from state.disk.lock import is_held
 from state.errors import SpringtideError
 from state.experiments.comparison import ComparisonFigures, read_figures
+from state.experiments.evidence import LIVE, TRIAL
 from state.experiments.experiment import OUTCOMES, Experiment, Experiments, Schedule
-from state.experiments.exposure import LIVE, TRIAL
 from state.experiments.gate import Finding, RolloutReport
 from state.metrics import RetrainMetrics, RolloutMetrics, TrialMetrics
 from state.process.environment import wall_ms

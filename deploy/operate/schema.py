@@ -17,16 +17,24 @@ from tensorflow_metadata.proto.v0.statistics_pb2 import FeatureNameStatistics
 from deploy.formats import iso
 from deploy.operate.control import Say, current
 from deploy.operate.versions import open_registry, table
-from deploy.validation.windows import KeptWindow, KeptWindows
 from state.config.settings import Settings
 from state.errors import SettingsError
 from state.features.spec import FeatureSpec
 from state.process.environment import actor
 from state.registry.registry import Registry
 from state.statistics.anomalies import validate
-from state.statistics.baselines import AcceptedBaseline, Baseline, Baselines, accepted
-from state.statistics.protos import by_name, common, frequencies
-from state.statistics.schema import as_text, infer, of_text
+from state.statistics.baselines import (
+    AcceptedBaseline,
+    Baseline,
+    Baselines,
+    KeptWindow,
+    KeptWindows,
+    accepted,
+    as_text,
+    infer_schema,
+    of_text,
+)
+from state.statistics.collecting import by_name, common, frequencies
 
 LISTED = 12
 
@@ -239,7 +247,7 @@ def accept_window(
     spec = FeatureSpec.from_settings(settings)
     # From then on, most histories are full.
     warm = window.end_ms - int(bootstrapped.about["newest_ms"]) >= spec.windows_s[-1] * 1000
-    edited = infer(window.statistics, warm) if schema_file is None else _read(schema_file)
+    edited = infer_schema(window.statistics, warm) if schema_file is None else _read(schema_file)
     baselines = Baselines(settings.registry_dir)
     number = baselines.newest_number(bootstrapped.name) + 1
     new = baselines.add(bootstrapped.name, AcceptedBaseline(number, who, reason, now_ms), edited, window.statistics)

@@ -30,19 +30,19 @@ from state.config.sections import Events
 from state.disk import documents
 from state.disk import files as durable
 from state.errors import CorruptStore, DecodeError, SettingsError
-from state.events.dead_letters import DeadLetter, Reason
-from state.events.decoding import load_decoder, parse_time
+from state.events.decoding import DeadLetter, Reason, load_decoder, parse_time
 from state.events.identity import Salt
 from state.events.parser import Parser
 from state.log import PartitionBatch
 from state.process import killpoints
-from state.recordings.crowd import RecordedTimes, described
 from state.recordings.files import Recording, refuse_beyond_memory
 from state.recordings.rows import (
     I64,
     NO_TIME,
     EncodedRows,
     Encoder,
+    RecordedTimes,
+    described,
     joined,
     mapped_fields,
     order,

@@ -32,8 +32,7 @@ from state.process.environment import wall_ms
 from state.process.part import die_with, run_part
 from state.process.user_code import for_children
 from state.segments.expression import segments_of
-from state.segments.lookalikes import LookalikeList, NearUser, PrecisionAt, write
-from state.segments.members import all_members
+from state.segments.members import LookalikeList, NearUser, PrecisionAt, all_members, write_lookalikes
 
 EVERY_S = 3600.0
 """Between two lists of a segment."""
@@ -239,7 +238,7 @@ def run(settings: Settings) -> None:
                 tuple(NearUser(f"{user:016x}", similarity) for user, similarity in near),
                 tuple(precision_curve(vectors, members)),
             )
-            write(folder, segment, lookalikes)
+            write_lookalikes(folder, segment, lookalikes)
     durable.sync_directory(folder)
 
 

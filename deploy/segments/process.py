@@ -70,7 +70,7 @@ from state.segments.members import (
     membership_of,
     value_of,
 )
-from state.storage.shares import SERVING, map_bytes
+from state.storage import SERVING, map_bytes
 
 STALLED_S = 30.0
 RECORDS_AT_ONCE = 64

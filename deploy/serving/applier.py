@@ -37,8 +37,7 @@ from state.events.identity import fingerprint_at, load_salt
 from state.features.erased import Erased
 from state.features.spec import KERNELS as FEATURE_KERNELS
 from state.features.spec import FeatureSpec
-from state.history.actions import ACTIONS, numbered
-from state.history.appends import Appends
+from state.history.appends import ACTIONS, Appends, numbered
 from state.history.store import ForgottenUsers, HistoryStore, open_or_replace
 from state.kernels import Kernels
 from state.layout import ATTRIBUTES, EXPOSURES, ROWS
@@ -57,8 +56,7 @@ from state.registry.sharing import copying, reached_ms
 from state.registry.specs import SpecActions
 from state.rows.reader import Served
 from state.rows.store import RowStore
-from state.storage.shares import SERVING, map_bytes, offer
-from state.storage.waiting import Room, is_full
+from state.storage import SERVING, Room, is_full, map_bytes, offer
 
 POLL_S = 0.02
 LOOK_S = 0.1

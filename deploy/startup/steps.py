@@ -33,8 +33,7 @@ from state.process.network import Port, require_ports
 from state.process.part import Signals
 from state.registry.model_fit import require_same_salt
 from state.registry.registry import Registry
-from state.storage.shares import KAFKA, LOGS, offer
-from state.storage.waiting import Room, is_full
+from state.storage import KAFKA, LOGS, Room, is_full, offer
 
 SHOPPERS = "shoppers"
 STREAM = "stream"

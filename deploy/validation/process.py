@@ -15,7 +15,6 @@ from prometheus_client import CollectorRegistry
 from tensorflow_metadata.proto.v0.anomalies_pb2 import Anomalies, AnomalyInfo
 from tensorflow_metadata.proto.v0.statistics_pb2 import DatasetFeatureStatistics
 
-from deploy.validation.windows import KeptWindow, KeptWindows
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
 from state.errors import GapError, LogError, MicroBatchError, RegistryError, SettingsError, UnknownTopic, of_disk
@@ -33,9 +32,8 @@ from state.process.part import run_part, stop_on_signals
 from state.registry.directory import Directory
 from state.registry.specs import Specs
 from state.statistics.anomalies import validate
-from state.statistics.baselines import Baseline, Baselines
-from state.statistics.collecting import FEATURES, Statistics
-from state.statistics.protos import by_name, common, dataset
+from state.statistics.baselines import Baseline, Baselines, KeptWindow, KeptWindows
+from state.statistics.collecting import FEATURES, Statistics, by_name, common, dataset
 
 MOST_LABELS = 40
 SETTLED_WINDOWS = 24

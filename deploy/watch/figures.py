@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 from deploy.formats import shown
 from deploy.watch.scrape import SEGMENTS, UP, Scrape
+from state import storage
 from state.metrics import ANSWERING_ROUTES
-from state.storage import shares
 
 DEATHS = 2
 UNREACHABLE = Scrape()
@@ -65,11 +65,11 @@ STOPPED = tuple(f"springtide_trainer_{name}" for name in ("held", "paused", "pri
 
 # Part of the disk -> the process that waits if it is full.
 WAITS = {
-    shares.REGISTRY: "publishing",
-    shares.STREAM: "the stream",
-    shares.SERVING: "serving",
-    shares.KAFKA: "Kafka",
-    shares.LOGS: "a log",
+    storage.REGISTRY: "publishing",
+    storage.STREAM: "the stream",
+    storage.SERVING: "serving",
+    storage.KAFKA: "Kafka",
+    storage.LOGS: "a log",
 }
 
 

@@ -12,14 +12,14 @@ from state.attributes.store import OUTCOMES, AttributeStore, TopicPosition, pack
 from state.attributes.values import TEXT_CHARACTERS, AttributeTable, id_of
 from state.config.sections import Kafka
 from state.errors import DecodeError, LogError, StoreFull
-from state.events.dead_letters import DeadLetter, Reason
+from state.events.decoding import DeadLetter, Reason
 from state.events.identity import Salt, public_id, user_id
 from state.log import Log, PartitionBatch
 from state.log.follow import Follower, Opening, Position
 from state.positions import Source
 from state.process import killpoints
 from state.process.log_lines import SaidOnce
-from state.storage.waiting import Room
+from state.storage import Room
 
 RECORDS = 5000
 POLL_S = 0.1

@@ -20,11 +20,10 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from state.config.fields import Field, fields_of
 from state.config.sections import Attributes
+from state.config.sources import Field, fields_of
 from state.errors import DecodeError
-from state.events.dead_letters import MOST_EVENT_BYTES, Reason
-from state.events.decoding import why
+from state.events.decoding import MOST_EVENT_BYTES, Reason, why
 from state.events.identity import context_text, public_id
 
 U64 = NDArray[np.uint64]

@@ -18,10 +18,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from state.config.fields import fields_of
 from state.config.sections import Model, TrainerSettings
 from state.config.settings import PREFIX, SECTIONS, Settings, known_settings
-from state.config.sources import checked, from_environment, from_file, from_flags, span_ms
+from state.config.sources import checked, fields_of, from_environment, from_file, from_flags, span_ms
 from state.errors import SettingsError
 from state.user_shares import UserShares
 

@@ -1,20 +1,56 @@
-"""Decodes a record's bytes to the fields of a click: the JSON decoder, the interface of user decoders, and times."""
+"""Decodes a record's bytes to the fields of a click: the JSON decoder, the interface of user decoders, and times.
+
+A record that cannot become an event is a dead letter, with a reason code.
+"""
 
 from __future__ import annotations
 
+import enum
 import json
 import math
 from collections.abc import Callable
 from datetime import UTC, datetime
 from operator import attrgetter
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import msgspec
 
 from state.config.sections import Events as EventSettings
 from state.errors import DecodeError
-from state.events.dead_letters import Reason
+from state.positions import Source
 from state.process.user_code import load_named
+
+MOST_EVENT_BYTES = 1_000_000
+"""Maximum size of a record of clicks or attributes; a larger one is a dead letter."""
+
+
+class Reason(enum.StrEnum):
+    """Why a record is a dead letter."""
+
+    UNDECODABLE = "undecodable"
+    MISSING_FIELD = "missing_field"
+    WRONG_TYPE = "wrong_type"
+    EMPTY_ID = "empty_id"
+    NOT_FINITE = "not_finite"
+    IMPLAUSIBLE_TIME = "implausible_time"
+    TOO_LARGE = "too_large"
+    UNKNOWN_ACTION = "unknown_action"
+    CORRUPT_RECORD = "corrupt_record"
+
+
+def reason_of(error: Exception) -> Reason:
+    """The reason code of an error raised by a decoder or the parser; an unknown code counts as undecodable."""
+    code = getattr(error, "reason", Reason.UNDECODABLE)
+    return Reason(code) if code in set(Reason) else Reason.UNDECODABLE
+
+
+class DeadLetter(NamedTuple):
+    """A record that cannot become an event: its position and the reason, without its key and value."""
+
+    source: Source
+    offset: int
+    reason: Reason
+
 
 MILLISECONDS_FROM = 1e11  # numbers from this on are milliseconds: as seconds this is the year 5138
 LATEST_MS = 1 << 52  # below it the integers of the kernel and of JSON are exact
@@ -45,7 +81,7 @@ def decode_json(settings: EventSettings) -> Decoder:
         request: str | int | None; may be missing if `events.request` is empty
 
     None means that the field is missing; the parser checks everything else. For a value that cannot be decoded, the
-    function raises ValueError, or DecodeError with one of `state.events.dead_letters.Reason`.
+    function raises ValueError, or DecodeError with one of `state.events.decoding.Reason`.
 
     >>> decode_json(EventSettings(user="who"))(b'{"who": 7, "item": "a", "more": []}').user
     7

@@ -21,8 +21,16 @@ from numpy.typing import NDArray
 
 from state.config.sections import Events as EventSettings
 from state.errors import DecodeError, SettingsError
-from state.events.dead_letters import MOST_EVENT_BYTES, DeadLetter, Reason, reason_of
-from state.events.decoding import LATEST_MS, MILLISECONDS_FROM, load_decoder, parse_time
+from state.events.decoding import (
+    LATEST_MS,
+    MILLISECONDS_FROM,
+    MOST_EVENT_BYTES,
+    DeadLetter,
+    Reason,
+    load_decoder,
+    parse_time,
+    reason_of,
+)
 from state.events.identity import Salt, context_id, context_text, is_probe_user, public_id, user_id
 from state.positions import Range, Source
 

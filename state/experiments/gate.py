@@ -18,10 +18,9 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from state.config.sections import RolloutSettings
-from state.experiments.evidence import Evidence, StepSums, quantile_ms
+from state.experiments.evidence import ARMS, LIVE, TRIAL, Evidence, StepSums, quantile_ms
 from state.experiments.experiment import Experiment
-from state.experiments.exposure import ARMS, LIVE, TRIAL
-from state.statistics.arms import Contrast
+from state.statistics.confidence_sequence import Contrast
 
 LEAST_FAILURES = 10
 """Minimum number of failures in a step before failures are compared."""

@@ -5,12 +5,15 @@ user u64 BE, ~chunk u32 BE -> up to 16 EVENTs, in append order
 The chunk's number is stored inverted, so that one seek finds a user's newest chunk. Its number and length give the
 user's total number of events. An append rewrites only this small value. Chunks before the last N events are deleted.
 A sweep reads the first and last events of users' histories, and removes old events and whole users.
+
+p:<source> -> the counts of a source: its position, and the outcomes of its offsets, JSON
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import takewhile
 from typing import NamedTuple, cast
 
@@ -18,8 +21,10 @@ import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
+from state.errors import PositionConflict
 from state.features.spec import EVENT, Events
 from state.history.appends import Appends
+from state.positions import RARE, Range, Source
 
 CHUNK = 16
 EVENT_BYTES = EVENT.itemsize
@@ -236,3 +241,51 @@ def remove(cursor: lmdb.Cursor, aged: Sequence[int], is_old: IsOld, evicted: Seq
     for key in (key for keys_of_user in keys for key in keys_of_user):
         cursor.pop(key)
     return Removed(events, emptied, evicted_users)
+
+
+OUTCOMES = ("rows", "dead", "filtered", "absent")
+
+Counts = dict[str, int]
+
+
+def advanced_counts(counts: Mapping[str, int] | None, part: Range, holder: str) -> Counts:
+    """The counts of a source after reading `part`; PositionConflict if the range begins at another offset."""
+    after = {"first": part.first, "next": part.first, **dict.fromkeys(OUTCOMES, 0)} if counts is None else dict(counts)
+    if after["next"] != part.first:
+        raise PositionConflict(
+            f"{holder} has read {part.source} up to {after['next']}, and the batch begins at {part.first}",
+            "stop the second writer and start again: reading continues at the stored position",
+        )
+    after["next"] = part.next
+    for name, count in part.outcomes.items():
+        after[name] = after.get(name, 0) + count
+    return after
+
+
+def returned_counts(counts: Mapping[str, int], removed: Mapping[str, int], at: int) -> Counts:
+    """The counts of a source after a rollback to offset `at`, which removes the outcomes `removed` since then."""
+    remaining = {name: count - removed.get(name, 0) for name, count in counts.items()}
+    named = {name: count for name, count in remaining.items() if count or name not in RARE}
+    return {**named, "first": counts["first"], "next": at}
+
+
+def counts_key(source: Source) -> bytes:
+    """The key under which the store keeps the counts of a source."""
+    return b"p:" + str(source).encode()
+
+
+def move_counts(cursor: lmdb.Cursor, part: Range, holder: str) -> None:
+    """Advances the stored counts of the range's source; see `advanced_counts`."""
+    key = counts_key(part.source)
+    stored = cursor.get(key)
+    counts = advanced_counts(None if stored is None else json.loads(bytes(stored)), part, holder)
+    cursor.put(key, json.dumps(counts).encode())
+
+
+def summed_counts(sources: Iterable[Mapping[str, int]]) -> Counts:
+    """Outcomes summed over all sources, with `positions`, the offsets passed. Counts of `RARE` occur only if not 0."""
+    counts = list(sources)
+    sums = {name: sum(count[name] for count in counts) for name in OUTCOMES}
+    sums |= {name: total for name in RARE if (total := sum(count.get(name, 0) for count in counts))}
+    passed = sum(count["next"] - count["first"] for count in counts)
+    return {"positions": passed - sums.get("elsewhere", 0), **sums}

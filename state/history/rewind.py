@@ -25,8 +25,7 @@ from state.features.mask import ClickColumns, Mask
 from state.features.spec import EVENT, Events
 from state.history import chunks
 from state.history.appends import Appends, events_of
-from state.history.chunks import prefix_of
-from state.history.counts import Counts, key_of, returned
+from state.history.chunks import Counts, counts_key, prefix_of, returned_counts
 from state.microbatch.batch import Kind, MicroBatch, counts, happened, trim
 from state.positions import Range, Source, split_range
 
@@ -110,7 +109,7 @@ class Since:
                 continue
             # Positions without a record were counted as absent.
             removed[source]["absent"] += at - mark
-            at_position[source] = returned(stored[source], removed[source], mark)
+            at_position[source] = returned_counts(stored[source], removed[source], mark)
         return at_position
 
 
@@ -300,9 +299,9 @@ def write_back(transaction: lmdb.Transaction, databases: Mapping[str, Any], back
     # 2. Positions.
     for source, counted in back.counts.items():
         if counted is None:
-            transaction.delete(key_of(source), db=meta)
+            transaction.delete(counts_key(source), db=meta)
         else:
-            transaction.put(key_of(source), json.dumps(counted).encode(), db=meta)
+            transaction.put(counts_key(source), json.dumps(counted).encode(), db=meta)
     # 3. Extras, and waiting rows.
     put_all(transaction, meta, {b"x:" + name.encode(): value for name, value in back.extra.items()})
     put_all(transaction, databases["waiting"], back.waiting)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from state.errors import GapError
 from state.features.mask import Mask
 from state.history.branch_records import branch_records
-from state.history.counts import Counts
+from state.history.chunks import Counts
 from state.history.rewind import Before, Rewind, Since
 from state.history.store import HistoryStore
 from state.history.waiting import Changes, Extra, WaitingRows, key_of, place_of

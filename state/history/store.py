@@ -29,15 +29,25 @@ from state.errors import CorruptStore
 from state.features.erased import Erased
 from state.features.spec import EVENT, Events
 from state.history import chunks
-from state.history.actions import Numbering
-from state.history.appends import Appends
-from state.history.chunks import EVENT_BYTES, Chunks, Ends, IsOld, Removed, by_user, prefix_of, remove
-from state.history.counts import Counts, move, summed
+from state.history.appends import Appends, Numbering
+from state.history.chunks import (
+    EVENT_BYTES,
+    Chunks,
+    Counts,
+    Ends,
+    IsOld,
+    Removed,
+    by_user,
+    move_counts,
+    prefix_of,
+    remove,
+    summed_counts,
+)
 from state.history.rewind import Rewind, Since, lacking, write_back
 from state.history.waiting import WaitingRows, place_of
 from state.layout import HISTORIES
 from state.positions import Range, Source
-from state.storage.shares import SERVING, map_bytes
+from state.storage import SERVING, map_bytes
 from state.user_shares import UserShares
 
 FORGOTTEN = "erased"  # name of the store's extra
@@ -222,7 +232,7 @@ class HistoryStore(MemoryStore):
     @property
     def totals(self) -> Counts:
         """Outcomes summed over all sources, with `positions`, the offsets passed."""
-        return summed(self.counts().values())
+        return summed_counts(self.counts().values())
 
     def extra(self, name: str) -> bytes | None:
         """The value that the last commit stored for extra `name`; None if there is none."""
@@ -282,7 +292,7 @@ class HistoryStore(MemoryStore):
         with self._write() as transaction:
             # 1. Positions first, so that a conflict is found before the appends.
             for part in ranges:
-                move(transaction.cursor(db=self._meta), part, str(self.path))
+                move_counts(transaction.cursor(db=self._meta), part, str(self.path))
             # 2. Histories.
             new = chunks.append(transaction.cursor(db=self._chunks), appends, self.history)
             self._add_users(transaction, new)
@@ -342,7 +352,7 @@ class HistoryStore(MemoryStore):
             put_all(transaction, self._waiting, dict.fromkeys(waiting))
             for source, count in dropped.items():
                 part = Range(source, at[source], at[source], dropped=count)
-                move(transaction.cursor(db=self._meta), part, str(self.path))
+                move_counts(transaction.cursor(db=self._meta), part, str(self.path))
             # 3. The progress.
             transaction.put(b"x:" + FORGOTTEN.encode(), now.to_json(), db=self._meta)
         return now

@@ -18,8 +18,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from state import storage
 from state.config.settings import Settings
-from state.storage import shares
 
 TRAINING_PARTITION = 0  # the only partition of the training log
 HOUR_MS = 3_600_000
@@ -58,7 +58,7 @@ def dead_letters(settings: Settings) -> TopicPlan:
 
 def exposures(settings: Settings) -> TopicPlan:
     """The topic that records the arm of a rollout that answered each user; it is read only during its rollout."""
-    limits = _kept_below(int(shares.kept_bytes(settings, shares.KAFKA) * EXPOSURES_SHARE), LARGEST_RECORD)
+    limits = _kept_below(int(storage.kept_bytes(settings, storage.KAFKA) * EXPOSURES_SHARE), LARGEST_RECORD)
     configuration = {**_kept_for(settings.kafka.retention_h), **limits, "compression.type": "zstd"}
     return _planned(settings, settings.kafka.exposures_topic, configuration)
 
@@ -77,7 +77,7 @@ def bounds(settings: Settings) -> dict[str, dict[str, str]]:
     """
     largest = 2 * (RECORD_BYTES + BATCH_BYTES)
     limits = {
-        plan.name: _kept_below(int(shares.kept_bytes(settings, shares.KAFKA) * share / plan.partitions), least)
+        plan.name: _kept_below(int(storage.kept_bytes(settings, storage.KAFKA) * share / plan.partitions), least)
         for plan, share, least in (
             (microbatches(settings), MICROBATCHES_SHARE, largest),
             (clicks(settings), CLICKS_SHARE, LARGEST_RECORD),

@@ -20,8 +20,8 @@ import tokenize
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
-from state.config.fields import fields_of
 from state.config.settings import Settings
+from state.config.sources import fields_of
 from state.errors import SettingsError
 from state.features.spec import FeatureSpec
 

@@ -29,7 +29,7 @@ from tensorflow_metadata.proto.v0.anomalies_pb2 import Anomalies, AnomalyInfo, D
 from tensorflow_metadata.proto.v0.schema_pb2 import Feature, FeatureComparator, Schema
 from tensorflow_metadata.proto.v0.statistics_pb2 import DatasetFeatureStatistics, FeatureNameStatistics
 
-from state.statistics.protos import by_name, common, frequencies
+from state.statistics.collecting import by_name, common, frequencies
 
 NAMED_VALUES = 3
 Measurement = DriftSkewInfo.Measurement

@@ -34,8 +34,8 @@ from state import metrics
 from state.accounts import StreamAccount, check_accounts
 from state.disk.files import HOST
 from state.errors import PortTaken, PositionConflict, SpringtideError, UnreachableBroker
-from state.events.dead_letters import DeadLetter
-from state.history.counts import Counts, advanced, summed
+from state.events.decoding import DeadLetter
+from state.history.chunks import Counts, advanced_counts, summed_counts
 from state.log import Writer
 from state.positions import Range, Source
 from state.process.environment import wall_ms
@@ -111,11 +111,11 @@ class Account:
         for part in ranges:
             before = self.counts.get(part.source)
             try:
-                self.counts[part.source] = advanced(before, part, "the account")
+                self.counts[part.source] = advanced_counts(before, part, "the account")
             except PositionConflict:
                 assert before is not None
                 self.conflicts += 1
-                self.counts[part.source] = advanced({**before, "next": part.first}, part, "the account")
+                self.counts[part.source] = advanced_counts({**before, "next": part.first}, part, "the account")
 
     def reached(self, topic_id: str) -> dict[int, int]:
         """By partition of a topic, the offset up to which all buckets have read it."""
@@ -134,7 +134,7 @@ class Account:
     @property
     def totals(self) -> Counts:
         """Outcomes over all sources, see `summed`."""
-        return summed(self.counts.values())
+        return summed_counts(self.counts.values())
 
     @property
     def waiting(self) -> int:
@@ -153,7 +153,7 @@ class Account:
             # While some buckets are ahead of others, their parts do not add up.
             if len(spans) == 1 and len(bucket_counts) == buckets:
                 ((first, after),) = spans
-                passed = summed(bucket_counts)["positions"]
+                passed = summed_counts(bucket_counts)["positions"]
                 if passed != after - first:
                     faults.append(
                         f"{topic_id}:{partition}: {after - first} offsets, and its buckets have {passed} of their own"

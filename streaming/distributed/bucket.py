@@ -29,8 +29,7 @@ from state.errors import CorruptStore, PositionConflict, SaltMismatch
 from state.features.erased import Erased
 from state.features.mask import Mask
 from state.features.spec import EVENT, Events, FeatureSpec
-from state.history.actions import ACTIONS, Numbering, numbered
-from state.history.appends import Appends
+from state.history.appends import ACTIONS, Appends, Numbering, numbered
 from state.history.sweeping import READ_TIMES, SPARE, STEPS, ReadTimes
 from state.history.waiting import Changes, Extra, WaitingRows, place_of
 from state.positions import Range, Source

@@ -19,7 +19,7 @@ from state.attributes.follower import Report
 from state.config.sections import Kafka
 from state.config.settings import Settings, known_settings, variable
 from state.errors import SaltMismatch
-from state.events.dead_letters import DeadLetter
+from state.events.decoding import DeadLetter
 from state.events.identity import Salt, load_salt
 from state.features.mask import Mask
 from state.features.spec import FeatureSpec

@@ -35,9 +35,9 @@ import numpy as np
 import numpy.typing as npt
 
 from state.attributes.values import AttributeTable
-from state.config.fields import fields_of
 from state.config.loading import load
 from state.config.settings import Settings
+from state.config.sources import fields_of
 from state.features.spec import FeatureSpec
 from state.microbatch.batch import MicroBatch
 from tests.bench.recorded import (

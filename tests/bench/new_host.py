@@ -28,7 +28,7 @@ from state.file_store import DirectoryStore
 from state.history import snapshots
 from state.history.appends import Appends
 from state.history.chunks import CHUNK, key_of, prefix_of
-from state.history.snapshot_writer import REBASED, Cut, Gained, SnapshotWriter
+from state.history.snapshots import REBASED, Cut, Gained, SnapshotWriter
 from state.history.store import HistoryStore
 from state.layout import DATA
 from state.log.follow import Position

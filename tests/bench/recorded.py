@@ -24,9 +24,9 @@ import pyarrow.parquet as pq
 from deploy.replaying.news import NewsReaders
 from deploy.replaying.shoppers import SEED, Clicks, Population, ShopperCrowd
 from state.attributes.values import AttributeTable
-from state.config.fields import fields_of
 from state.config.loading import load
 from state.config.settings import Settings
+from state.config.sources import fields_of
 from state.events.identity import context_id, context_text
 from state.features.mask import Mask
 from state.features.spec import EVENT, LABELLED, POSITIVE, FeatureSpec

@@ -11,10 +11,10 @@ import psutil
 from prometheus_client import CollectorRegistry
 
 from deploy.validation.process import COLUMNS, WindowJudge, Windows
-from deploy.validation.windows import KeptWindows
 from state.config.settings import Settings
 from state.metrics import ValidationMetrics
 from state.microbatch.codec import decode
+from state.statistics.baselines import KeptWindows
 from state.statistics.collecting import Statistics
 from tests.bench.report import Figure, report
 from tests.deploy.validation.live import CONTEXT, SPEC, START_MS, bootstrapped, columns, record, settings_at

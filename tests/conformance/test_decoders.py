@@ -26,8 +26,7 @@ import deploy.examples
 import state.events
 from state.config.sections import Events
 from state.errors import DecodeError
-from state.events.dead_letters import Reason
-from state.events.decoding import load_decoder
+from state.events.decoding import Reason, load_decoder
 from state.events.identity import Salt, context_id, public_id, user_id
 from state.events.parser import EventBatch, Parser
 from state.log import PartitionBatch

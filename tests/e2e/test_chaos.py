@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from state.attributes.values import AttributeTable
-from state.config.fields import fields_of
 from state.config.loading import load
+from state.config.sources import fields_of
 from state.events.identity import Salt, user_id
 from state.microbatch.batch import MicroBatch
 from state.microbatch.codec import decode, encode

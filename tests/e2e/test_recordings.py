@@ -17,9 +17,9 @@ import pytest
 
 from state.accounts import StreamAccount, check_accounts
 from state.attributes.values import SIDES, band, tables_of
-from state.config.fields import fields_of
 from state.config.loading import load
 from state.config.settings import Settings
+from state.config.sources import fields_of
 from state.events.identity import public_id
 from state.history.store import HistoryStore
 from state.log import Topics

@@ -20,7 +20,7 @@ from state.history.appends import Appends
 from state.history.store import HistoryStore
 from state.log import Writer, topic_plan
 from state.metrics import StorageMetrics, StreamMetrics
-from state.storage.waiting import Room
+from state.storage import Room
 from streaming.commit import Committer
 from streaming.cut import Cut, Encoding
 from streaming.pipeline import CommitThread

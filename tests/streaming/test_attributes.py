@@ -13,9 +13,9 @@ import pytest
 
 from state.attributes.store import AttributeStore, TopicPosition, pack
 from state.attributes.values import AttributeTable
-from state.config.fields import fields_of
 from state.config.sections import Attributes, Kafka
 from state.config.settings import Settings
+from state.config.sources import fields_of
 from state.events.identity import load_salt, public_id, user_id
 from state.events.parser import ANNOUNCE_MS
 from state.log import Topics, Writer

@@ -28,7 +28,7 @@ from state.registry.registry import Registry
 from state.registry.specs import fits
 from state.statistics.anomalies import validate
 from state.statistics.baselines import Baselines
-from state.statistics.protos import by_name, frequencies
+from state.statistics.collecting import by_name, frequencies
 from streaming.bootstrap import ComputeWindows, Sample, Wanted, asked, of_recording, of_topic, open_sample, run
 from streaming.preprocessing import CLIP
 from streaming.rows import Rows

@@ -14,13 +14,13 @@ import pytest
 from state.accounts import StreamAccount, check_accounts
 from state.config.sections import Kafka
 from state.errors import LogError, PositionConflict, StoreFull, UnreachableBroker
-from state.events.dead_letters import DeadLetter
+from state.events.decoding import DeadLetter
 from state.history.appends import Appends
 from state.log import topic_plan
 from state.microbatch.codec import decode
 from state.positions import Range, Source
 from state.process import killpoints
-from state.storage.waiting import RETRY_S
+from state.storage import RETRY_S
 from streaming.accounts import Leaders
 from streaming.cut import Cut
 from streaming.pipeline import QUEUED_CUTS, CommitThread

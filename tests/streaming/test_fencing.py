@@ -25,7 +25,7 @@ from state.layout import HISTORIES, MARK, WRITER, streams
 from state.log import Topics, Writer
 from state.registry.registry import Registry
 from state.registry.specs import SpecActions
-from state.storage.shares import STREAM
+from state.storage import STREAM
 from streaming import histories
 from streaming.histories import check_identity, open_histories
 from streaming.rebuild import main, rebuild

@@ -22,8 +22,7 @@ from state.disk.lock import DirectoryLock
 from state.errors import CorruptStore, LockHeld, SaltMismatch, StoreError
 from state.features.mask import Mask
 from state.features.spec import FeatureSpec
-from state.history.snapshot_writer import Cut, SnapshotWriter
-from state.history.snapshots import location_of
+from state.history.snapshots import Cut, SnapshotWriter, location_of
 from state.history.store import HistoryStore
 from state.layout import HISTORIES
 from state.log import Log, Topics, Writer

@@ -22,7 +22,7 @@ from state.microbatch.codec import decode, encode
 from state.registry.control import start
 from state.registry.manifest import Draft, LogRange
 from state.registry.registry import Registry
-from state.storage.waiting import Room
+from state.storage import Room
 from tests.memory_log import MemoryLog
 from tests.trainer.clicks import SALT, SPEC, small_settings
 from trainer.beginning import Begins, from_nothing

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
+from state import storage
 from state.errors import CorruptVersion, UnusableRegistry, WrongEpoch
 from state.metrics import StorageMetrics
 from state.registry.control import roll_back
 from state.registry.registry import Registry
-from state.storage import waiting
-from state.storage.waiting import Room
+from state.storage import Room
 from tests import forked
 from tests.disks import ROOT, small_disk
 from tests.streaming.streams import DEADLINE_S, until
@@ -121,7 +121,7 @@ def test_the_trainer_learns_on_and_publishes_everything_once_there_is_space(
         append(log, FULL_DISK_RECORDS[8:])
         run_to_end(running)
         assert (running.place.next, registry.versions()[-1]) == (undisturbed.place.next, before)
-        warnings = [record.message for record in caplog.records if record.name == waiting.__name__]
+        warnings = [record.message for record in caplog.records if record.name == storage.__name__]
         assert warnings and all(message.startswith("publishing waits for space: ") for message in warnings)
         full.unlink()
         running.close()
@@ -192,8 +192,8 @@ def test_other_disk_errors_are_not_awaited(metrics: StorageMetrics) -> None:
     with pytest.raises(UnusableRegistry):
         Room("registry", metrics, lambda _: False).wait_for(act, "publishing")
     said: list[str] = []
-    with pytest.raises(PermissionError), waiting.unless_full(said.append):
+    with pytest.raises(PermissionError), storage.unless_full(said.append):
         raise PermissionError(13, "denied")
-    with waiting.unless_full(said.append):
+    with storage.unless_full(said.append):
         raise UnusableRegistry("the registry is full") from OSError(28, "No space left on device")
     assert (tried, said) == ([1], ["the registry is full"])

@@ -12,8 +12,8 @@ import numpy as np
 
 from state.attributes.values import U64, AttributeTable
 from state.compiled import mixed
-from state.config.fields import fields_of
 from state.config.sections import Attributes
+from state.config.sources import fields_of
 from state.microbatch.batch import MicroBatch
 from trainer.tables.index import I32
 

@@ -13,7 +13,7 @@ from state.errors import UnusableRegistry
 from state.metrics import TrainerMetrics
 from state.registry.manifest import Draft, Manifest
 from state.registry.registry import RECENT_S, Registry
-from state.storage.waiting import Room
+from state.storage import Room
 from trainer.versions import content
 
 

@@ -12,8 +12,7 @@ import msgspec
 
 from state.config.sections import Events
 from state.errors import DecodeError
-from state.events.dead_letters import Reason
-from state.events.decoding import Decoder
+from state.events.decoding import Decoder, Reason
 
 FIELDS = ("user", "item", "category", "action", "time", "label", "request")
 

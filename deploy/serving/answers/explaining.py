@@ -18,7 +18,7 @@ from springtide_client.answers import BehindIt, Explanation, ReasonFor
 from state.errors import BadRequest, ProgramError
 from state.events.identity import public_id
 from state.features.spec import LABELLED, POSITIVE, Events, FeatureSpec
-from state.history.actions import exchanged
+from state.history.appends import exchanged
 from state.ranking.interest_scores import MASKED
 from state.rows.reader import RowReader
 from state.rows.tables import own_rows_of

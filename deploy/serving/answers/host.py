@@ -30,15 +30,14 @@ from state.attributes.values import tables_of
 from state.config.settings import Settings
 from state.errors import BadRequest, NotHeld, NotReady, SpringtideError, StoreError
 from state.events.identity import Salt, user_id
-from state.history.actions import ACTIONS, numbered
+from state.history.appends import ACTIONS, numbered
 from state.history.store import HistoryStore
 from state.kernels import Kernels
 from state.layout import ATTRIBUTES, DATA, HISTORIES, LOOKALIKES, ROWS, SEGMENTS
 from state.metrics import WorkerMetrics
 from state.rows.store import RowStore
-from state.segments import lookalikes
 from state.segments.expression import texts_of
-from state.segments.members import Membership, SegmentStore
+from state.segments.members import Membership, SegmentStore, read_lookalikes
 from state.user_shares import SHARES
 
 DEGRADED_S = 60.0
@@ -102,7 +101,7 @@ class HostSegments:
             CorruptStore: The list is damaged.
         """
         self._require(segment)
-        store, listed = self._opened(), lookalikes.read(self._lists, segment)
+        store, listed = self._opened(), read_lookalikes(self._lists, segment)
         if listed is None:
             do = "try again later: they are computed each hour, once a user is in the segment"
             raise NotReady(

@@ -23,7 +23,7 @@ from state.config.settings import Settings
 from state.events.identity import Salt, context_id, pseudonyms, public_id
 from state.features.arrays import Vector
 from state.features.spec import EVENT, Events, FeatureSpec, Mask, vectorise_many
-from state.history.actions import exchanged
+from state.history.appends import exchanged
 from state.history.store import HistoryStore
 from state.ranking.crosses import Values
 from state.ranking.transitions import Succession, succession

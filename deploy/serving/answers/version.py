@@ -27,7 +27,7 @@ from state.config.settings import Settings
 from state.errors import BadRequest, NotReady, SaltMismatch, SpecMismatch
 from state.events.identity import Salt
 from state.features.spec import FeatureSpec
-from state.history.actions import Numbers, exchange
+from state.history.appends import Numbers, exchange
 from state.history.store import HistoryStore
 from state.layout import PROGRAMS
 from state.ranking import interest_scores, item_scores

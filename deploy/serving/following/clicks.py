@@ -19,8 +19,7 @@ from state.errors import MicroBatchError, SaltMismatch, StoreFull, TruncatedLog
 from state.features.erased import Erased
 from state.features.mask import Mask
 from state.features.spec import EVENT, Events, FeatureSpec
-from state.history.actions import renumbered
-from state.history.appends import Appends, events_of
+from state.history.appends import Appends, events_of, renumbered
 from state.history.rewind import Before
 from state.history.rewinding import LogToRead, OpenAt, Rewound, branch_of, rewind
 from state.history.store import HistoryStore

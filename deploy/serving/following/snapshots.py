@@ -20,8 +20,7 @@ from state.errors import CorruptStore, StoreFull, UnusablePlace
 from state.history import snapshots
 from state.history.appends import Appends
 from state.history.rewinding import branch_of
-from state.history.snapshot_writer import MOST_GAINED, Cut, Gained, SnapshotWriter
-from state.history.snapshots import HistorySnapshot, Wanted
+from state.history.snapshots import MOST_GAINED, Cut, Gained, HistorySnapshot, SnapshotWriter, Wanted
 from state.history.store import HistoryStore
 from state.log import Log
 from state.log.follow import Position

@@ -1,6 +1,6 @@
 """Splits traffic during a rollout: sends a share of the users to the trial's workers, and records the exposures.
 
-1. Read the user of the query; a keyed hash of the user decides the arm (`state/experiments/exposure.py`).
+1. Read the user of the query; a keyed hash of the user decides the arm (`state/experiments/evidence.py`).
 2. For the arm `trial`, forward the query unchanged to the workers at `rollout.address`.
 3. If they do not answer, this worker answers, and the exposure records the failure.
 4. The answer names its arm in the header `springtide-arm`, and the exposure is stored.
@@ -33,8 +33,8 @@ from state import layout
 from state.config.settings import Settings
 from state.errors import BadRequest, RegistryError, SpringtideError
 from state.events.identity import Salt, user_id
+from state.experiments.evidence import ARMS, LIVE, TRIAL, Arm, Exposure, arm_of, encode_exposure, position_of
 from state.experiments.experiment import Experiment, Experiments
-from state.experiments.exposure import ARMS, LIVE, TRIAL, Arm, Exposure, arm_of, encode, position_of
 from state.process.log_lines import SaidOnce
 
 POLL_S = 0.25
@@ -136,7 +136,7 @@ class Split:
         stored = (
             msgspec.structs.replace(exposure, took_us=took_us, failed=exposure.arm in failed) for exposure in exposures
         )
-        self._spool.write(b"\n".join(map(encode, stored)))
+        self._spool.write(b"\n".join(map(encode_exposure, stored)))
 
     def _took_us(self, began_s: float) -> int:
         return round(1e6 * (time.perf_counter() - began_s))

@@ -14,9 +14,9 @@ from deploy.serving.host_files import FILE_MS, SETTLED_MS, ExposureSpool, make_r
 from state.config.loading import load
 from state.config.settings import Settings
 from state.errors import UnknownTopic
-from state.experiments import exposure
+from state.experiments import evidence
+from state.experiments.evidence import LIVE, TRIAL, Exposure
 from state.experiments.experiment import By, Change, Experiment, Experiments
-from state.experiments.exposure import LIVE, TRIAL, Exposure
 from state.experiments.gate import RolloutReport
 from state.microbatch.batch import NAMES
 from state.microbatch.codec import decode, encode
@@ -46,7 +46,7 @@ class World:
         """As workers do it, through files and the forwarder."""
         for user in users:
             self.spool.write(
-                exposure.encode(Exposure(f"{user:016x}", "wider", step, 0.5, arm, self.clock(), 900, failed))  # type: ignore[arg-type]
+                evidence.encode_exposure(Exposure(f"{user:016x}", "wider", step, 0.5, arm, self.clock(), 900, failed))  # type: ignore[arg-type]
             )
         self.clock.now_ms += FILE_MS + SETTLED_MS
         assert self.forwarder.step() == len(users)
@@ -137,7 +137,7 @@ def test_an_engagement_waits_for_the_exposure_before_it(world: World) -> None:
     driver.step()
     late = Exposure(f"{7:016x}", "wider", 0, 0.5, LIVE, shown_ms, 900)
     with world.log.writer() as writer:
-        writer.send(EXPOSURES, None, b"7", exposure.encode(late))
+        writer.send(EXPOSURES, None, b"7", evidence.encode_exposure(late))
     driver.step()
     world.later(HOLD_MS)
     driver.step()
@@ -176,7 +176,7 @@ def test_the_gate_decides_once_all_is_read_and_a_step_is_over(world: World) -> N
 
 def test_exposures_wait_on_the_disk_while_the_topic_is_away(world: World, tmp_path: Path) -> None:
     away = ExposureForwarder(world.folder, MemoryLog(), EXPOSURES, world.clock)
-    world.spool.write(exposure.encode(Exposure(f"{7:016x}", "wider", 0, 0.5, LIVE, 1, 900)))
+    world.spool.write(evidence.encode_exposure(Exposure(f"{7:016x}", "wider", 0, 0.5, LIVE, 1, 900)))
     world.later(SETTLED_MS)
     with pytest.raises(UnknownTopic):
         away.step()

@@ -26,8 +26,8 @@ from state.config.loading import load
 from state.config.sections import Kafka
 from state.config.settings import Settings
 from state.events.identity import Salt, user_id
+from state.experiments.evidence import LIVE, TRIAL, arm_of, position_of
 from state.experiments.experiment import Change, Experiment, Experiments
-from state.experiments.exposure import LIVE, TRIAL, arm_of, position_of
 from state.features.spec import FeatureSpec
 from state.log import Topics, Writer
 from state.microbatch.batch import NAMES

@@ -16,9 +16,8 @@ from apache_beam.options.pipeline_options import FlinkRunnerOptions, PortableOpt
 from deploy.capacity import RESERVE, Load, Sizing
 from deploy.watch import scrape
 from springtide_client import __version__
-from state import layout
+from state import layout, storage
 from state.config.sections import SegmentSettings
-from state.storage import shares
 from streaming.distributed.job import FLINK, FlinkJob, beam_options
 from streaming.pipeline import take_runner
 from tests.manifests import (
@@ -381,10 +380,10 @@ def test_histories_have_the_time_that_saving_and_loading_them_takes(overlay: str
 @each_overlay
 def test_the_settings_of_an_overlay_give_its_stores_their_room(overlay: str) -> None:
     wanted, settings = sizing(overlay), of_name(overlay, "stream").settings(sizes(overlay))
-    for part in (shares.STREAM, shares.SERVING):
-        assert shares.store_bytes(settings, part, layout.HISTORIES) >= wanted["host_histories_bytes"], part
+    for part in (storage.STREAM, storage.SERVING):
+        assert storage.store_bytes(settings, part, layout.HISTORIES) >= wanted["host_histories_bytes"], part
     assert settings.history.max_users >= wanted.load.users
     claims = {one["metadata"]["name"]: one for one in of_kind(found(overlay), "PersistentVolumeClaim")}
     disk = quantity(claims["springtide-registry"]["spec"]["resources"]["requests"]["storage"])
-    kept = min(settings.registry.delta_keep_gb * 1e9, shares.kept_bytes(settings, shares.REGISTRY))
+    kept = min(settings.registry.delta_keep_gb * 1e9, storage.kept_bytes(settings, storage.REGISTRY))
     assert disk >= kept + 2 * wanted["base_bytes"]

@@ -15,7 +15,7 @@ from state.errors import RegistryError, SettingsError
 from state.metrics import ValidationMetrics
 from state.process.environment import actor
 from state.registry.registry import Registry
-from state.statistics.schema import of_text
+from state.statistics.baselines import of_text
 from tests.deploy.validation.live import MINUTE_MS, START_MS, bootstrapped, minutes, settings_at, written
 from tests.memory_log import MemoryLog
 

@@ -25,8 +25,7 @@ from state.events.identity import public_id, user_id
 from state.layout import ATTRIBUTES
 from state.log import Topics, Writer
 from state.metrics import ApplierMetrics, StorageMetrics
-from state.storage.shares import SERVING
-from state.storage.waiting import Room
+from state.storage import SERVING, Room
 from tests.conftest import KafkaFactory
 from tests.deploy.serving.stocked import (
     DIM,

@@ -20,8 +20,7 @@ from state.errors import CorruptVersion, NotReady, ProgramError, SaltMismatch, S
 from state.events.identity import public_id, user_id
 from state.features.erased import EVERYTHING, Erased, MaskedUsers
 from state.features.spec import FeatureSpec, Mask
-from state.history.actions import numbered
-from state.history.appends import Appends
+from state.history.appends import Appends, numbered
 from state.layout import PROGRAMS
 from state.ranking import transitions
 from state.ranking.transitions import Lists, record

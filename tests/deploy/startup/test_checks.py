@@ -24,7 +24,7 @@ from state.config.settings import Settings
 from state.errors import KafkaFailed, PortTaken, SettingsError, StoreFull, UnusableDisk
 from state.metrics import StorageMetrics, SupervisorMetrics
 from state.process.network import Port, free_port, listens, require_ports
-from state.storage.shares import KAFKA, offer
+from state.storage import KAFKA, offer
 from tests import rules
 from tests.disks import small_disk
 from tests.e2e.running import until

@@ -16,10 +16,8 @@ from state.microbatch.codec import encode
 from state.positions import Range, Source
 from state.registry.control import start
 from state.registry.registry import Registry
-from state.statistics.baselines import baseline_files
-from state.statistics.collecting import Statistics
-from state.statistics.protos import dataset
-from state.statistics.schema import infer
+from state.statistics.baselines import baseline_files, infer_schema
+from state.statistics.collecting import Statistics, dataset
 from tests.memory_log import MemoryLog
 from tests.state.statistics.made_rows import ATTRIBUTES
 from tests.state.statistics.made_rows import columns as made_columns
@@ -102,7 +100,7 @@ def bootstrapped(settings: Settings, rows: int = 4000) -> Registry:
     counted = Statistics(SPEC.actions, SPEC.names, CONTEXT)
     counted.add(columns(rows, seed=999), ATTRIBUTES)
     statistics = dataset(counted, "bootstrap")
-    files = baseline_files(infer(statistics, warm=False), statistics)
+    files = baseline_files(infer_schema(statistics, warm=False), statistics)
     about = {
         "spec": SPEC.to_json(),
         "salt": "0" * 16,

@@ -16,13 +16,13 @@ from prometheus_client import CollectorRegistry
 from deploy import sections
 from deploy.validation import process
 from deploy.validation.process import KINDS, MOST_LABELS, OTHERS, LogValidation, labels_of
-from deploy.validation.windows import KeptWindows
 from deploy.watch.scrape import scrape
 from state.config.settings import Settings
 from state.errors import LogError
 from state.log import Log
 from state.metrics import ValidationMetrics
 from state.process.network import free_port
+from state.statistics.baselines import KeptWindows
 from tests import forked
 from tests.conftest import KafkaFactory
 from tests.deploy.validation.live import (

@@ -15,9 +15,8 @@ from deploy.validation.process import Windows
 from state.features.spec import FeatureSpec
 from state.microbatch.batch import MicroBatch
 from state.statistics.anomalies import validate
-from state.statistics.collecting import Statistics
-from state.statistics.protos import dataset
-from state.statistics.schema import infer
+from state.statistics.baselines import infer_schema
+from state.statistics.collecting import Statistics, dataset
 from tests.bench.recorded import (
     KUAIRAND,
     Recorded,
@@ -61,7 +60,7 @@ def found_by_day(days: Days, first: int, warm: bool = False) -> list[dict[str, s
     for day in days[:first]:
         before.merge(day)
     baseline = dataset(before, "baseline")
-    schema = infer(baseline, warm)
+    schema = infer_schema(baseline, warm)
     counted = [dataset(day, "day") for day in days]
     found = []
     for number in range(first, len(days)):

@@ -11,10 +11,10 @@ from deploy import sections
 from deploy.sections import disk_usage
 from deploy.watch.figures import full_parts
 from deploy.watch.scrape import Scrape, parsed
+from state import storage
 from state.config.loading import load
 from state.metrics import StorageMetrics, TrainerMetrics
-from state.storage import shares
-from state.storage.waiting import Room
+from state.storage import Room
 from tests import promql
 from tests.rules import ALERTS
 from tests.trainer.batches import micro_batch
@@ -32,12 +32,12 @@ def scraped(tmp_path: Path, used: dict[str, float]) -> Scrape:
     settings = load(["--paths.state", str(tmp_path), "--storage.budget_gb", str(BUDGET / 1e9)], env={})
     (tmp_path / "stream-0" / "histories").mkdir(parents=True)
     collected = CollectorRegistry()
-    metrics = shares.offer(collected, settings, used)
+    metrics = storage.offer(collected, settings, used)
     for part, share in used.items():
-        folder = shares.folders(settings, part)[0]
+        folder = storage.folders(settings, part)[0]
         folder.mkdir(exist_ok=True)
         (folder / "file").write_bytes(bytes(4096))
-        assert shares.used_bytes([folder]) == 4096
+        assert storage.used_bytes([folder]) == 4096
         # As if that file were so large: a test need not write half a gigabyte.
         metrics.limit_bytes.labels(part).set(4096 / share)
     return Scrape(parsed(generate_latest(collected).decode()))
@@ -90,7 +90,7 @@ def test_status_measures_what_is_here_and_says_nothing_where_nothing_is(tmp_path
     found = disk_usage(settings)
     assert found["parts"] == {"logs": {"used_bytes": 8192, "limit_bytes": 50_000_000}}
     assert (found["used_bytes"], found["budget_bytes"]) == (8192, 1_000_000_000)
-    assert found["free_bytes"] == pytest.approx(shares.free_bytes(tmp_path), rel=0.05)
+    assert found["free_bytes"] == pytest.approx(storage.free_bytes(tmp_path), rel=0.05)
 
 
 def test_status_says_what_the_trainer_measured() -> None:

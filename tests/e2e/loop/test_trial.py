@@ -18,8 +18,8 @@ from playwright.sync_api import Browser, expect
 
 from deploy.experiments import status as experiments
 from deploy.watch.scrape import serving_address
+from state.experiments.evidence import LIVE, TRIAL
 from state.experiments.experiment import Experiments, Schedule
-from state.experiments.exposure import LIVE, TRIAL
 from state.experiments.past import read_past
 from state.process.environment import wall_ms
 from state.registry.registry import Registry

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from state.attributes.follower import AttributeFollower, follow
 from state.attributes.store import AttributeStore, TopicPosition, ids_in, pack, texts_in
 from state.attributes.values import AttributeTable, band
-from state.config.fields import LOG_EDGES, field_of, fields_of
 from state.config.loading import load
 from state.config.sections import Kafka
+from state.config.sources import LOG_EDGES, field_of, fields_of
 from state.errors import DecodeError, SettingsError
-from state.events.dead_letters import DeadLetter
+from state.events.decoding import DeadLetter
 from state.events.identity import Salt, user_id
 from state.log import Topics, Writer
 from tests.conftest import KafkaFactory

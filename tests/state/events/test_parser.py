@@ -10,8 +10,7 @@ import pytest
 
 from state.config.sections import Events
 from state.errors import DecodeError, SettingsError
-from state.events.dead_letters import DeadLetter, Reason
-from state.events.decoding import decode_json, load_decoder, parse_time
+from state.events.decoding import DeadLetter, Reason, decode_json, load_decoder, parse_time
 from state.events.identity import Salt, probe_user, user_id
 from state.events.parser import EventBatch, Parser
 from state.log import PartitionBatch

@@ -14,8 +14,8 @@ import pytest
 from state.config.loading import load
 from state.config.settings import Settings
 from state.errors import ControlConflict, RegistryError, SettingsError
+from state.experiments.evidence import Exposure, decode_exposure
 from state.experiments.experiment import GATE, By, Change, Experiment, Experiments, Schedule
-from state.experiments.exposure import Exposure, decode
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 ANN = By("ann", "try it", 1_000)
@@ -215,6 +215,6 @@ def test_a_retrain_is_due_one_interval_after_the_last_and_never_while_one_runs()
 def test_the_exposure_of_an_earlier_release_is_read_and_further_fields_are_ignored() -> None:
     written = (GOLDEN / "exposure.json").read_bytes()
     wanted = Exposure("00000000000000ff", "wider", 0, 0.01, "trial", 1_000, 2_500, True)
-    assert decode(written) == wanted
-    assert decode(json.dumps({**json.loads(written), "colour": "red"}).encode()) == wanted
-    assert decode(b"{}") is None
+    assert decode_exposure(written) == wanted
+    assert decode_exposure(json.dumps({**json.loads(written), "colour": "red"}).encode()) == wanted
+    assert decode_exposure(b"{}") is None

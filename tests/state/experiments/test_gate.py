@@ -9,9 +9,8 @@ import pytest
 
 from state.config.sections import RolloutSettings
 from state.events.identity import Salt, user_id
-from state.experiments.evidence import Evidence
+from state.experiments.evidence import ARMS, LIVE, TRIAL, Evidence, Exposure, arm_of, position_of
 from state.experiments.experiment import GATE, STEPS, By, Change, Experiment
-from state.experiments.exposure import ARMS, LIVE, TRIAL, Exposure, arm_of, position_of
 from state.experiments.gate import RolloutReport, as_lines, decide, report
 from state.statistics.confidence_sequence import BLOCKS
 

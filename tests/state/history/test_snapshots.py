@@ -13,11 +13,10 @@ from hypothesis import strategies as st
 from state.features.erased import Erased, Erasure, MaskedUsers
 from state.features.spec import EVENT
 from state.file_store import DirectoryStore
-from state.history import snapshot_writer, snapshots
+from state.history import snapshots
 from state.history.appends import Appends
 from state.history.rewinding import branch_extra
-from state.history.snapshot_writer import Cut, Gained, SnapshotWriter
-from state.history.snapshots import HistorySnapshot, Wanted
+from state.history.snapshots import Cut, Gained, HistorySnapshot, SnapshotWriter, Wanted
 from state.history.store import HistoryStore
 from state.log.follow import Position
 from state.positions import Range, Source
@@ -89,8 +88,8 @@ def test_a_loaded_store_equals_the_store_at_the_cut(
     """Whatever the number of ranges and deltas, although clicks go on after the cut, and after a restart."""
     host = Host(tmp_path_factory.mktemp("host"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(snapshot_writer, "RANGE_BYTES", range_bytes)
-        patch.setattr(snapshot_writer, "FILE_BYTES", range_bytes // 64)
+        patch.setattr(snapshots, "RANGE_BYTES", range_bytes)
+        patch.setattr(snapshots, "FILE_BYTES", range_bytes // 64)
         for number, count in enumerate(clicks):
             host.click(count)
             made = host.snapshot(restarted=number % 2 == 1)
@@ -133,7 +132,7 @@ def test_a_snapshot_after_a_restart_has_the_events_since_the_one_before(tmp_path
     assert [file.events for file in second.files if (file.kind, file.number) == ("delta", second.number)] == [10]
     assert {file.number for file in second.files if file.kind == "base"} == {first.number}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(snapshot_writer, "MOST_GAINED", 5)
+        patch.setattr(snapshots, "MOST_GAINED", 5)
         click(odd, 310, 320)
         third = host.snapshot(restarted=True)
     assert {file.number for file in third.files if file.kind == "base"} == {third.number}

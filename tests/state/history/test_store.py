@@ -21,13 +21,12 @@ from state.disk import memory_place
 from state.disk.lock import DirectoryLock
 from state.errors import CorruptStore, PositionConflict
 from state.features.spec import EVENT, Events
-from state.history.actions import ACTIONS, numbered
-from state.history.actions import OTHER as UNKNOWN
-from state.history.appends import Appends
+from state.history.appends import ACTIONS, Appends, numbered
+from state.history.appends import OTHER as UNKNOWN
 from state.history.store import HistoryStore, open_history_store, open_or_replace
 from state.layout import DATA, HISTORIES
 from state.positions import Range, Source
-from state.storage.shares import SERVING, STREAM, store_bytes, used_bytes
+from state.storage import SERVING, STREAM, store_bytes, used_bytes
 from streaming import histories
 from tests.disks import Disk, crash
 from tests.state.disk.held_histories import MIB, commit, told

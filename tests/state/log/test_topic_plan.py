@@ -6,13 +6,13 @@ import pytest
 from kafka import KafkaAdminClient
 from kafka.admin import ConfigResource, ConfigResourceType
 
+from state import storage
 from state.config.loading import load
 from state.config.sections import Kafka
 from state.config.settings import Settings
 from state.errors import LogError, UnknownTopic
 from state.log import Reader, Topics, Writer, client_options, topic_plan
 from state.log.records import Copies
-from state.storage import shares
 from tests.conftest import KafkaFactory
 from tests.reading import next_batches
 
@@ -39,7 +39,7 @@ def test_the_training_log_outlives_the_oldest_version_one_can_go_back_to(
 @pytest.mark.parametrize("gigabytes", ["2", "10", "2000"])
 def test_the_topics_of_the_local_kafka_stay_within_its_share(gigabytes: str) -> None:
     settings = settings_of("--storage.budget_gb", gigabytes)
-    bounds, kept = topic_plan.bounds(settings), shares.kept_bytes(settings, shares.KAFKA)
+    bounds, kept = topic_plan.bounds(settings), storage.kept_bytes(settings, storage.KAFKA)
     plans = (topic_plan.clicks(settings), topic_plan.microbatches(settings), topic_plan.dead_letters(settings))
     assert set(bounds) == {plan.name for plan in plans}
     most = {

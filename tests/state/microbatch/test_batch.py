@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from state.accounts import StreamAccount, check_accounts
 from state.errors import MicroBatchError
 from state.features.spec import EVENT
-from state.history.counts import Counts, advanced
+from state.history.chunks import Counts, advanced_counts
 from state.history.rewind import kept
 from state.microbatch.batch import (
     ATTRIBUTES,
@@ -455,7 +455,7 @@ def test_each_row_is_new_once_whoever_writes_again_and_however_users_are_divided
         parts, missing = new_ranges(batch, marks)
         assert missing == 0
         for part in parts:
-            counts[part.source] = advanced(counts.get(part.source), part, "the reader")
+            counts[part.source] = advanced_counts(counts.get(part.source), part, "the reader")
         fresh, marks = trim(batch, marks)
         seen.update(batch.offset[fresh].tolist())
     assert seen == Counter(one for one in range(max(end, moved)) if is_click(one))

@@ -18,8 +18,7 @@ from state.config.loading import load
 from state.config.sections import Events
 from state.errors import SettingsError
 from state.events.decoding import decode_json
-from state.recordings.crowd import Crowd, RecordedTimes
-from state.recordings.rows import NO_TIME, EncodedRows, Encoder, RecordedRows
+from state.recordings.rows import NO_TIME, Crowd, EncodedRows, Encoder, RecordedRows, RecordedTimes
 
 LATEST = 1_800_000_000_000
 DEFAULT = Events()

@@ -17,8 +17,8 @@ from tensorflow_metadata.proto.v0.statistics_pb2 import DatasetFeatureStatistics
 
 from state.events.identity import public_id
 from state.statistics.anomalies import aligned, jensen_shannon, l_infinity, validate
-from state.statistics.protos import by_name, dataset
-from state.statistics.schema import as_text, infer, of_text
+from state.statistics.baselines import as_text, infer_schema, of_text
+from state.statistics.collecting import by_name, dataset
 from tests.state.statistics.made_rows import ATTRIBUTES, CATEGORIES, columns, statistics
 
 
@@ -28,7 +28,7 @@ def window(**changes: Any) -> DatasetFeatureStatistics:
 
 
 BASELINE = dataset(statistics(columns(4000)), "baseline")
-SCHEMA = infer(BASELINE, warm=True)
+SCHEMA = infer_schema(BASELINE, warm=True)
 
 
 def found(anomalies: Anomalies) -> dict[str, set[str]]:
@@ -58,7 +58,7 @@ def test_a_category_that_takes_over_is_named_with_its_distance() -> None:
 
 def test_a_shift_is_drift_from_the_window_before_only_where_it_happens() -> None:
     shifted, after = window(hot=0.4), window(hot=0.4, seed=2)
-    schema = infer(shifted, warm=True)
+    schema = infer_schema(shifted, warm=True)
     assert found(validate(after, schema, shifted, window())) == {"category": {"COMPARATOR_L_INFTY_HIGH"}}
     assert found(validate(after, schema, shifted, shifted)) == {}
 
@@ -80,7 +80,7 @@ def test_a_rescaled_feature_diverges() -> None:
 
 
 def test_a_feature_that_is_rescaled_diverges_from_the_window_before_while_histories_are_cold() -> None:
-    schema = infer(BASELINE, warm=False)
+    schema = infer_schema(BASELINE, warm=False)
     assert found(validate(window(scale=3.0), schema, BASELINE)) == {}
     assert [*found(validate(window(scale=3.0), schema, BASELINE, window()))] == ["features.view.count_1h"]
 
@@ -108,7 +108,7 @@ def test_as_many_new_categories_are_allowed_as_are_to_be_expected() -> None:
         made["category"] = (values + 1).astype(np.uint64)
         return dataset(statistics(made), "many")
 
-    schema = infer(drawn(1, 2000), warm=True)
+    schema = infer_schema(drawn(1, 2000), warm=True)
     assert "category" not in found(validate(drawn(2, 20_000), schema))
 
 
@@ -136,7 +136,7 @@ def test_what_the_baseline_does_not_know_is_a_warning_and_what_it_knows_and_is_g
     rows = columns(2000, seed=1)
     without = statistics()
     without.add(rows, ((), ATTRIBUTES[1]))
-    old = infer(dataset(without, "old"), warm=True)
+    old = infer_schema(dataset(without, "old"), warm=True)
     anomalies = validate(window(), old)
     assert found(anomalies) == {"user_attributes.age_band": {"SCHEMA_NEW_COLUMN"}}
     assert anomalies.anomaly_info["user_attributes.age_band"].severity == AnomalyInfo.WARNING

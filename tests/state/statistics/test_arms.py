@@ -7,8 +7,16 @@ import math
 import numpy as np
 import pytest
 
-from state.statistics.arms import SampleRatio, difference, lift, log_evidence
-from state.statistics.confidence_sequence import UNBOUNDED, BlockSums, half_width, tuning
+from state.statistics.confidence_sequence import (
+    UNBOUNDED,
+    BlockSums,
+    SampleRatio,
+    difference,
+    half_width,
+    lift,
+    log_evidence,
+    tuning,
+)
 
 ALPHA, PLANNED = 0.05, 2_000
 TRIALS = 300

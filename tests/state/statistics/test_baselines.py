@@ -10,9 +10,8 @@ import pytest
 from state import layout
 from state.errors import ControlConflict, CorruptVersion
 from state.registry.registry import Registry
-from state.statistics.baselines import SCHEMA, STATISTICS, AcceptedBaseline, Baselines, baseline_files
-from state.statistics.protos import dataset
-from state.statistics.schema import infer
+from state.statistics.baselines import SCHEMA, STATISTICS, AcceptedBaseline, Baselines, baseline_files, infer_schema
+from state.statistics.collecting import dataset
 from tests.state.statistics.made_rows import columns, statistics
 
 FIRST = dataset(statistics(columns(300)), "bootstrap")
@@ -24,7 +23,7 @@ SPEC = "ab" * 32
 def registry(tmp_path: Path) -> Path:
 
     def fill(place: Path) -> None:
-        for name, data in baseline_files(infer(FIRST, warm=False), FIRST).items():
+        for name, data in baseline_files(infer_schema(FIRST, warm=False), FIRST).items():
             (place / name).write_bytes(data)
 
     Registry(tmp_path).specs.add_spec(SPEC, {"created_at_ms": 5}, fill)
@@ -32,7 +31,7 @@ def registry(tmp_path: Path) -> Path:
 
 
 def accept(registry: Path, number: int) -> AcceptedBaseline:
-    schema = infer(SECOND, warm=True)
+    schema = infer_schema(SECOND, warm=True)
     return Baselines(registry).add(SPEC, AcceptedBaseline(number, "ann", "a new season", 9), schema, SECOND)
 
 
@@ -43,7 +42,7 @@ def test_the_bootstrap_is_the_first_baseline_and_an_accepted_one_takes_its_place
     accept(registry, 1)
     second = baselines.newest(SPEC)
     assert (second.accepted, second.statistics) == (AcceptedBaseline(1, "ann", "a new season", 9), SECOND)
-    assert second.schema == infer(SECOND, warm=True)
+    assert second.schema == infer_schema(SECOND, warm=True)
     assert not [*(registry / layout.TEMPORARY).iterdir()]
 
 

@@ -7,8 +7,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from state.microbatch.batch import Kind
-from state.statistics.collecting import BUCKETS, SHARES, WHOLE, Categorical, Numeric, Statistics, median
-from state.statistics.protos import as_list, by_name, common, dataset, frequencies, of_bytes
+from state.statistics.collecting import (
+    BUCKETS,
+    SHARES,
+    WHOLE,
+    Categorical,
+    Numeric,
+    Statistics,
+    as_list,
+    by_name,
+    common,
+    dataset,
+    frequencies,
+    median,
+    of_bytes,
+)
 from tests.state.statistics.made_rows import ATTRIBUTES, CATEGORIES, CONTEXT, NAMES, columns, statistics
 
 NUMBERS = st.lists(st.integers(0, 65_535), min_size=1, max_size=60)

@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 
 from state.statistics.anomalies import validate
-from state.statistics.baselines import SCHEMA, STATISTICS, baseline_files
-from state.statistics.protos import as_list, dataset
-from state.statistics.schema import infer
+from state.statistics.baselines import SCHEMA, STATISTICS, baseline_files, infer_schema
+from state.statistics.collecting import as_list, dataset
 from tests.state.statistics.made_rows import columns, statistics
 
 
@@ -25,7 +24,7 @@ def tfdv() -> Any:
 
 def test_it_reads_schema_and_statistics_and_agrees_about_anomalies(tfdv: Any, tmp_path: Path) -> None:
     before = dataset(statistics(columns(4000)), "baseline")
-    schema = infer(before, warm=True)
+    schema = infer_schema(before, warm=True)
     for name, data in baseline_files(schema, before).items():
         (tmp_path / name).write_bytes(data)
     read = tfdv.load_schema_text(str(tmp_path / SCHEMA))

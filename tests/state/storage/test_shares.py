@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
+from state import storage
 from state.config.loading import load
 from state.config.settings import Settings, known_settings
-from state.storage import shares
 
 
 def du(path: Path) -> int:
@@ -30,18 +30,18 @@ def test_files_of_all_depths_count_with_their_blocks_and_a_hole_does_not(tmp_pat
         sparse.truncate(1 << 30)
     (tmp_path / "elsewhere").symlink_to("/usr")
     (tmp_path / "gone").symlink_to("never")
-    assert shares.used_bytes([tmp_path]) == du(tmp_path / "a") == 4 * 4096
-    assert shares.used_bytes([tmp_path / "a" / "b", tmp_path / "never"]) == 3 * 4096
+    assert storage.used_bytes([tmp_path]) == du(tmp_path / "a") == 4 * 4096
+    assert storage.used_bytes([tmp_path / "a" / "b", tmp_path / "never"]) == 3 * 4096
 
 
 def test_a_part_is_measured_again_only_after_some_seconds(tmp_path: Path) -> None:
     now_s = 0.0
-    use = shares.PartUse([tmp_path], clock=lambda: now_s)
+    use = storage.PartUse([tmp_path], clock=lambda: now_s)
     assert use() == 0
     (tmp_path / "file").write_bytes(bytes(4096))
-    now_s = shares.FRESH_S - 0.1
+    now_s = storage.FRESH_S - 0.1
     assert use() == 0
-    now_s = shares.FRESH_S
+    now_s = storage.FRESH_S
     assert use() == du(tmp_path) > 0
 
 
@@ -52,7 +52,7 @@ def test_used_and_limit_are_offered_for_the_parts_that_a_process_owns(tmp_path: 
     folder.mkdir(parents=True)
     (folder / "data.mdb").write_bytes(bytes(8192))
     collected = CollectorRegistry()
-    shares.offer(collected, settings, [shares.STREAM, shares.LOGS])
+    storage.offer(collected, settings, [storage.STREAM, storage.LOGS])
 
     def sample(name: str, part: str) -> float | None:
         return collected.get_sample_value(f"springtide_storage_{name}", {"part": part})
@@ -77,20 +77,20 @@ def with_budget(gigabytes: float) -> Settings:
 
 def test_the_shares_are_the_whole_budget_and_no_more() -> None:
     settings = with_budget(3)
-    assert sum(shares.SHARES.values()) == pytest.approx(1.0)
-    assert 2_999_999_990 <= sum(shares.limit_bytes(settings, part) for part in shares.SHARES) <= 3_000_000_000
+    assert sum(storage.SHARES.values()) == pytest.approx(1.0)
+    assert 2_999_999_990 <= sum(storage.limit_bytes(settings, part) for part in storage.SHARES) <= 3_000_000_000
 
 
-@pytest.mark.parametrize("part", shares._STORES)
+@pytest.mark.parametrize("part", storage._STORES)
 def test_the_stores_of_a_part_fit_into_its_share_with_room_for_small_files(part: str) -> None:
     settings = with_budget(1)
-    stores = sum(shares.store_bytes(settings, part, store) for store in shares._STORES[part])
-    assert stores <= shares.limit_bytes(settings, part)
+    stores = sum(storage.store_bytes(settings, part, store) for store in storage._STORES[part])
+    assert stores <= storage.limit_bytes(settings, part)
 
 
 def test_the_help_and_the_tables_say_the_same_shares() -> None:
-    wanted = {part: f"{share:.0%}".replace("%", " %") for part, share in shares.SHARES.items()}
-    for text in (shares.__doc__ or "", (ROOT / "docs" / "operate" / "storage.md").read_text()):
+    wanted = {part: f"{share:.0%}".replace("%", " %") for part, share in storage.SHARES.items()}
+    for text in (storage.__doc__ or "", (ROOT / "docs" / "operate" / "storage.md").read_text()):
         assert dict(re.findall(r"^\| `(\w+)` \| (\d+ %) \|", text, re.MULTILINE)) == wanted
     (budget,) = (one for one in known_settings() if one.name == "storage.budget_gb")
     assert sorted(re.findall(r"\d+ %", budget.help)) == sorted(wanted.values())
@@ -98,10 +98,10 @@ def test_the_help_and_the_tables_say_the_same_shares() -> None:
 
 def test_a_store_larger_than_its_share_is_opened_with_room_to_become_smaller(tmp_path: Path) -> None:
     small, folder = with_budget(0.5), tmp_path / "attributes"
-    share = shares.store_bytes(small, shares.SERVING, "attributes")
-    assert shares.map_bytes(small, shares.SERVING, "attributes", folder) == share
+    share = storage.store_bytes(small, storage.SERVING, "attributes")
+    assert storage.map_bytes(small, storage.SERVING, "attributes", folder) == share
     folder.mkdir()
     with (folder / "data.mdb").open("wb") as data:
         os.posix_fallocate(data.fileno(), 0, share * 3)
-    opened = shares.map_bytes(small, shares.SERVING, "attributes", folder)
+    opened = storage.map_bytes(small, storage.SERVING, "attributes", folder)
     assert share * 3 + (60 << 20) < opened < share * 4 + (64 << 20)

@@ -20,7 +20,7 @@ from deploy.watch import accounts
 from deploy.watch.scrape import Scrape, scrape, urls
 from state.config.settings import Settings
 from state.errors import RewoundLog, SettingsError
-from state.events.dead_letters import DeadLetter, Reason
+from state.events.decoding import DeadLetter, Reason
 from state.events.identity import load_salt
 from state.events.parser import EventBatch
 from state.features.mask import Mask

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from state.attributes.values import AttributeTable
-from state.config.fields import fields_of
 from state.config.sections import Attributes
+from state.config.sources import fields_of
 from state.microbatch.batch import MicroBatch
 from state.microbatch.codec import decode, encode
 from tests.trainer.batches import micro_batch, with_tables

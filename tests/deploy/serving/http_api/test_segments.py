@@ -11,8 +11,7 @@ from deploy.serving.rest import App
 from state.config.sections import SegmentSettings
 from state.events.identity import user_id
 from state.layout import LOOKALIKES, SEGMENTS
-from state.segments.lookalikes import LookalikeList, NearUser, PrecisionAt, write
-from state.segments.members import Membership, SegmentStore
+from state.segments.members import LookalikeList, Membership, NearUser, PrecisionAt, SegmentStore, write_lookalikes
 from tests.deploy.serving.http_api.test_app import app_of, ask
 from tests.deploy.serving.stocked import MAP, NOW_MS, SALT, Stores
 
@@ -92,7 +91,7 @@ def test_lookalikes_are_those_listed_last_without_who_came_in_since(app: App, st
     assert answer.status_code == 503 and "no lookalikes of busy are listed here" in answer.json()["error"]
     near = tuple(NearUser(f"{user_id(SALT, name):016x}", 0.5 - n / 8) for n, name in enumerate(("bob", "cem", "dan")))
     folder.mkdir()
-    write(folder, "busy", LookalikeList(7, NOW_MS, 1, 4, near, (PrecisionAt(1, 0.5, 0.25, 0.125),)))
+    write_lookalikes(folder, "busy", LookalikeList(7, NOW_MS, 1, 4, near, (PrecisionAt(1, 0.5, 0.25, 0.125),)))
     found = ask(app, "GET", path).json()
     assert found.pop("lookalikes") == [{"pseudonym": one.pseudonym, "similarity": one.similarity} for one in near]
     assert found == {

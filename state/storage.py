@@ -10,28 +10,35 @@
 
 Stores in memory take no disk space until a clean stop writes them to disk. A part is kept at `KEPT` of its share, so a
 part above 90 % shows that its mechanism fails. An external Kafka cluster is not limited.
+
+An action that a full disk refuses is retried until there is space; the wait is logged once and counted.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import logging
 import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from prometheus_client import CollectorRegistry
 
 from state import layout
 from state.disk import memory_place
+from state.errors import RegistryError, StoreError, StoreFull
 from state.metrics import StorageMetrics
 
 if TYPE_CHECKING:
     from state.config.settings import Settings
+
 
 KAFKA, REGISTRY, STREAM, SERVING, LOGS = "kafka", "registry", "stream", "serving", "logs"
 SHARES: Mapping[str, float] = {KAFKA: 0.40, REGISTRY: 0.25, STREAM: 0.15, SERVING: 0.15, LOGS: 0.05}
@@ -156,3 +163,97 @@ def offer(collected: CollectorRegistry, settings: Settings, parts: Iterable[str]
         metrics.limit_bytes.labels(part).set(limit_bytes(settings, part))
         metrics.waiting.labels(part).set(0)
     return metrics
+
+
+RETRY_S = 0.5
+Done = TypeVar("Done")
+logger = logging.getLogger(__name__)
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error, or one of its causes, means that a disk or store is full.
+
+    >>> is_full(OSError(28, "No space left on device")), is_full(OSError(5, "Input/output error"))
+    (True, False)
+    >>> is_full(StoreFull("the map is full"))
+    True
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, StoreFull):
+            return True
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        cause = cause.__cause__
+    return False
+
+
+@contextmanager
+def unless_full(say: Callable[[str], object]) -> Iterator[None]:
+    """Ends the block without an exception if the disk is full, and reports the error by `say`; callers must retry."""
+    try:
+        yield
+    except (StoreError, RegistryError, OSError) as error:
+        if not is_full(error):
+            raise
+        say(str(error))
+
+
+class Room:
+    """Waits for disk space for one part of a process. One thread calls `wait_for`.
+
+    Args:
+        part: Name of the part in `state.storage`.
+        sleep: Sleeps for the given seconds; returns True if the wait is to end.
+        say: A logger's method: takes a format string and its arguments.
+
+    Attributes:
+        waits: Whether an action was refused and has not succeeded since.
+    """
+
+    def __init__(
+        self,
+        part: str,
+        metrics: StorageMetrics,
+        sleep: Callable[[float], bool],
+        say: Callable[..., object] = logger.warning,
+    ) -> None:
+        self._part, self._metrics, self._sleep, self._say = part, metrics, sleep, say
+        self.waits = False
+
+    def wait_for(self, act: Callable[[], Done], activity: str) -> Done:
+        """Retries `act` while there is no disk space.
+
+        A refused `act` must have changed nothing; `activity` names it in the log.
+
+        Raises:
+            StoreFull, UnusableRegistry, OSError: There is no space, and the wait is to end.
+            Exception: Any other error of `act`.
+        """
+        while True:
+            try:
+                result = act()
+            except (StoreError, RegistryError, OSError) as error:
+                if not is_full(error):
+                    raise
+                self.refused(error, activity)
+                if self._sleep(RETRY_S):
+                    raise
+            else:
+                self.found(activity)
+                return result
+
+    def refused(self, error: BaseException, activity: str) -> None:
+        """Records that there is no space; logs and counts it if that is new."""
+        if not self.waits:
+            self.waits = True
+            self._metrics.waits.labels(self._part).inc()
+            self._metrics.waiting.labels(self._part).inc()
+            self._say("%s waits for space: %s", activity, error)
+
+    def found(self, activity: str) -> None:
+        """Records that there is space; logs it if that is new."""
+        if self.waits:
+            self.waits = False
+            self._metrics.waiting.labels(self._part).dec()
+            self._say("%s continues: there is space again", activity)
