@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from state.compiled import compiled
-from trainer.measures.predictions import NONE, CategoryPrediction
+from trainer.measures.progressive import NONE, CategoryPrediction
 
 F64 = NDArray[np.float64]
 I32 = NDArray[np.int32]

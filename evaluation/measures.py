@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.measures.intervals import Z
+from trainer.measures.evaluation import Z
 
 F64 = NDArray[np.float64]
 OURS = "springtide"

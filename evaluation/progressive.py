@@ -59,8 +59,7 @@ from state.rows.store import RowStore
 from trainer.engine.report import Report
 from trainer.engine.step import Trainer
 from trainer.measures.evaluation import fade
-from trainer.measures.predictions import CategoryPrediction
-from trainer.measures.progressive import SUMS, miss_shares, no_sums, row_sums
+from trainer.measures.progressive import SUMS, CategoryPrediction, miss_shares, no_sums, row_sums
 from trainer.versions import checkpoint
 
 KEPT_VERSIONS = 2

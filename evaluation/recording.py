@@ -40,8 +40,8 @@ from state.recordings.files import Recording
 from state.recordings.rows import NO_TIME, shown_reasons
 from streaming.attributes import Join
 from streaming.context import open_job
-from streaming.cut import Cut, Encoding, encode_cut
 from streaming.past import recorded_batches, topic_of
+from streaming.rows import Cut, Encoding, encode_cut
 
 I64 = NDArray[np.int64]
 SALT = Salt(b"springtide evaluate: pseudonyms that are the same in each run")

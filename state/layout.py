@@ -3,7 +3,7 @@
     paths.state/
     ├── lock                     the lock of `springtide up`
     ├── salt                     the secret key of pseudonyms, or at `paths.salt_file`
-    ├── privacy.key              the secret key of the noise                              trainer/privacy/history.py
+    ├── privacy.key              the secret key of the noise                              trainer/privacy.py
     ├── tokens/                  access tokens, or at `serving.tokens_dir`         deploy/serving/requests/access.py
     ├── registry/                or at `paths.registry`
     │   ├── versions/ merged/ bases/   one directory per version  state/registry/registry.py

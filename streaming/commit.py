@@ -33,9 +33,8 @@ from state.positions import UNPLACED, Range, Source
 from state.process import killpoints
 from streaming import accounts
 from streaming.context import JobContext, StreamContext
-from streaming.cut import Cut, merge_all, merge_appends
 from streaming.event_clock import PREFIX, OffClock, believed_in, clock_of_all
-from streaming.rows import Rows
+from streaming.rows import Cut, Rows, merge_all, merge_appends
 
 logger = logging.getLogger(__name__)
 

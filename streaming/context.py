@@ -50,12 +50,11 @@ from streaming import accounts, control
 from streaming.accounts import Leaders
 from streaming.attributes import Join
 from streaming.control import ControlWatch, roll_back_histories
-from streaming.cut import Cut, Encoding
 from streaming.event_clock import EventClock
 from streaming.histories import open_histories
 from streaming.labels import Labels, open_labels, unused_kernels
 from streaming.profile import Profiler
-from streaming.rows import Rows, in_order, leave_out
+from streaming.rows import Cut, Encoding, Rows, in_order, leave_out
 from streaming.writer import StreamWriter, open_writer, report_to
 
 logger = logging.getLogger(__name__)

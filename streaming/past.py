@@ -40,7 +40,7 @@ from streaming.alignment import AlignedReader, Reached
 from streaming.commit import StreamSweep
 from streaming.context import JobContext, open_job, open_join
 from streaming.control import ControlWatch
-from streaming.cut import Cut, Cutter, Encoding, clocks_of, encode_cut
+from streaming.rows import Cut, Cutter, Encoding, clocks_of, encode_cut
 
 POLL_S = 0.5
 PROGRESS_S = 5.0

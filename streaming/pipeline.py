@@ -28,8 +28,7 @@ from state.process.environment import actor, wall_ms
 from state.process.part import Work, run_process, stop_on_signals
 from streaming.commit import Committer
 from streaming.context import StreamContext, open_stream
-from streaming.cut import Cut, Cutter
-from streaming.rows import Rows
+from streaming.rows import Cut, Cutter, Rows
 from streaming.steps import Handle, ParseEvents, ReadClicks, Step, UpdateProfiles, opened
 
 # One cut is written while two wait; a longer queue would only delay data for serving.

@@ -64,9 +64,9 @@ from state.storage import STREAM, map_bytes
 from streaming import histories
 from streaming.context import open_job
 from streaming.control import ControlWatch, Desired, roll_back_histories
-from streaming.cut import merge_all, merge_appends
 from streaming.event_clock import EventClock
 from streaming.histories import check_identity, former_shards, replacing_shards
+from streaming.rows import merge_all, merge_appends
 from streaming.writer import note_first_release, open_writer
 
 BAR = 30

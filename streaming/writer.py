@@ -27,7 +27,7 @@ from state.log import Log, Writer
 from state.metrics import StreamMetrics
 from state.positions import Source
 from state.process import killpoints
-from streaming.cut import Cut, Encoding, encode_cut
+from streaming.rows import Cut, Encoding, encode_cut
 
 logger = logging.getLogger(__name__)
 

@@ -29,10 +29,9 @@ from state.registry.control import Control
 from state.registry.log_line import LogLine, onward
 from state.registry.manifest import LogRange, Manifest
 from state.registry.registry import Registry
-from trainer.accounts import Passages
 from trainer.engine.step import Trainer
 from trainer.intake import RecordFilter
-from trainer.place import TrainingPlace
+from trainer.place import Passages, TrainingPlace
 from trainer.versions import checkpoint
 from trainer.versions.carrying import nothing_learned
 

@@ -29,7 +29,7 @@ from state.registry.registry import Registry
 from trainer import gauges
 from trainer.engine.guard import Verdict
 from trainer.engine.report import Report
-from trainer.guard.rules import (
+from trainer.guard import (
     BUCKETS,
     CROWDS,
     F64,
@@ -38,16 +38,19 @@ from trainer.guard.rules import (
     RULES,
     SLICE,
     SUSPECT,
+    OffSlice,
     OpenWindow,
     Rule,
+    SliceWatch,
+    SliceWords,
     StepFigures,
     WindowStart,
     crowds_of,
     deviation,
+    named,
     summed,
     usual,
 )
-from trainer.guard.slice_watch import OffSlice, SliceWatch, SliceWords, named
 from trainer.measures.slices import LOSSES
 from trainer.place import TrainingPlace, newest_before
 from trainer.versions.content import GUARDED

@@ -35,8 +35,7 @@ from state.registry.model_fit import former_specs
 from state.registry.registry import RECENT_S, Registry
 from state.registry.segments import ClickRanges, clicks_in, from_json, has_caught_up, learned_before
 from state.storage import Room, is_full, unless_full
-from trainer import accounts, gauges
-from trainer.accounts import Passages
+from trainer import gauges, place
 from trainer.beginning import Begins, from_nothing, resume
 from trainer.engine.guard import Verdict
 from trainer.engine.report import Report
@@ -44,7 +43,7 @@ from trainer.engine.step import Trainer
 from trainer.holding import UpdateGuard
 from trainer.intake import BAD, LogRecord, RecordFilter, former, records_of
 from trainer.measures.progressive import SUMS
-from trainer.place import TrainingPlace
+from trainer.place import Passages, TrainingPlace
 from trainer.privacy_budget import PrivacyBudget
 from trainer.publications import Publications, ServedModel
 from trainer.versions import checkpoint
@@ -404,7 +403,7 @@ class Learner:
         self._metrics.caught_up.set(self.caught_up)
         self._idle_ticks = 0 if count else self._idle_ticks + 1
         if self._idle_ticks < 2 or self._idle_ticks % IDLE_TICKS == 0:
-            self._faults = accounts.show(self._account(), self._metrics, self._faults)
+            self._faults = place.show(self._account(), self._metrics, self._faults)
             self._updates.show()
         return count
 

@@ -60,7 +60,7 @@ from state.registry.sharing import owning
 from state.storage import REGISTRY, Room, is_full, offer
 from trainer import device
 from trainer.checks import is_own
-from trainer.lag import Taken, TrainingLag
+from trainer.gauges import Taken, TrainingLag
 from trainer.place import newest_before
 from trainer.worker import begin, restore_handlers, waiting, workers_of
 
@@ -255,7 +255,7 @@ def unused_kernels(settings: Settings) -> list[str]:
     engine, private = settings.trainer.engine, settings.privacy.epsilon > 0
     compiled = engine != "tensorflow" and not private and settings.model.ranker == Model().ranker
     unused = [] if compiled else ["trainer.engine.compiled.heads"]
-    return unused if settings.churn.days else [*unused, "trainer.churn.learning"]
+    return unused if settings.churn.days else [*unused, "trainer.churn"]
 
 
 def _import_model(settings: Settings, kernels: Kernels, phases: Phases, stopping: threading.Event) -> None:

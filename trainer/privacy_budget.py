@@ -1,6 +1,6 @@
 """The privacy budget: charges the ledger before records are learned, and holds training if too little is left.
 
-A record is learned only under a charge for its period and its branch (`trainer/privacy/history.py`). The order matters:
+A record is learned only under a charge for its period and its branch (`trainer/privacy.py`). The order matters:
 
 1. The ledger is written. It also names an offset, `through`, before which records may have been learned. It is raised
    by `RESERVED` offsets at a time.
@@ -29,7 +29,7 @@ from state.registry.privacy_ledger import PrivacyLedger, PrivacyPeriod
 from trainer.engine.step import Trainer
 from trainer.intake import Intake
 from trainer.place import TrainingPlace
-from trainer.privacy.history import NoisePlace, environment_digest, own_key
+from trainer.privacy import NoisePlace, environment_digest, own_key
 
 ROUNDING = 1e-6
 """Relative tolerance of epsilon above the budget: the precision of the search."""
@@ -139,7 +139,7 @@ class PrivacyBudget:
 
     def _paid(self, ledger: PrivacyLedger) -> PrivacyLedger:
         """`ledger` with the cost of its charges; or the present one, held, if the cost exceeds the budget."""
-        from trainer.privacy.accounting import spent
+        from trainer.privacy import spent
 
         assert self._ledger is not None
         wanted, present = self._wanted, self._ledger

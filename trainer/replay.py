@@ -15,7 +15,7 @@ from state.positions import Source
 from state.registry.manifest import LogRange, Manifest
 from state.registry.segments import LogSegment
 from trainer.intake import RecordFilter, former, records_of
-from trainer.privacy.history import NoisePlace, environment_digest
+from trainer.privacy import NoisePlace, environment_digest
 
 if TYPE_CHECKING:
     from trainer.engine.step import Trainer

@@ -24,7 +24,7 @@ class PrivacyPeriod(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         number: For unit user, log time divided by the length of a period; else 0.
         updates: Maximum number of updates in which one unit takes part.
         noise: Standard deviation of the noise divided by the clipping bound.
-        lines: The lines that the charge covers, oldest first; see `trainer/privacy/history.py`.
+        lines: The lines that the charge covers, oldest first; see `trainer/privacy.py`.
     """
 
     epoch: int

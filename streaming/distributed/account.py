@@ -43,11 +43,10 @@ from state.registry.erasing import ErasureReport
 from streaming.accounts import show_faults, show_totals
 from streaming.commit import CommitReport, truncated_columns
 from streaming.control import report_erasures
-from streaming.cut import Cut, Encoding, encode_cut
-from streaming.distributed.bucket import BucketRows
-from streaming.distributed.portions import decode, encode, stored
+from streaming.distributed.bucket import BucketRows, decode, encode, stored
 from streaming.distributed.steps import WorkerStep
 from streaming.distributed.worker import JobWorker
+from streaming.rows import Cut, Encoding, encode_cut
 from streaming.writer import send_records
 
 SHOW_S = 1.0

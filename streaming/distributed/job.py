@@ -36,8 +36,7 @@ from state.log.accepted_gaps import Consent
 from state.registry.model_fit import require_same_model
 from streaming.context import NO_CONSENT, ensure_topics
 from streaming.distributed.account import KeepAccount, WriteBuckets
-from streaming.distributed.bucket import BucketRows
-from streaming.distributed.portions import allowed
+from streaming.distributed.bucket import BucketRows, allowed
 from streaming.distributed.steps import ReadPartitions, UpdateBuckets
 from streaming.distributed.worker import JobPlan, without_secrets
 

@@ -37,8 +37,7 @@ from state.registry.controls import ControlPoll
 from state.registry.log_line import FIRST_EPOCH, BranchSegment
 from streaming import accounts
 from streaming.alignment import AlignedReader
-from streaming.distributed.bucket import BucketRows, Cells
-from streaming.distributed.portions import Portion, decode, divide, encode, gathered, stored
+from streaming.distributed.bucket import BucketRows, Cells, Portion, decode, divide, encode, gathered, stored
 from streaming.distributed.worker import JobPlan, JobWorker, worker_of
 from streaming.event_clock import EventClock
 from streaming.rows import in_order, leave_out

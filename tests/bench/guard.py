@@ -51,7 +51,7 @@ from tests.bench.recorded import (
 )
 from tests.bench.report import Figure, Stages, report
 from trainer.engine.step import Trainer
-from trainer.guard.rules import WindowStart
+from trainer.guard import WindowStart
 from trainer.holding import Standing, WindowWatch, figures_of
 from trainer.versions import checkpoint
 

@@ -48,7 +48,7 @@ from trainer.engine.private_step import PrivateTrainer
 from trainer.engine.record import Recorder
 from trainer.engine.step import Trainer
 from trainer.model.model import Preprocessing
-from trainer.privacy.history import NoisePlace
+from trainer.privacy import NoisePlace
 from trainer.versions.starting import trainer_of
 
 F32 = npt.NDArray[np.float32]

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 import trainer.tables
 from state.ranking.item_lists import count_visits
-from trainer.tables.id_table import NO_CAP, IdTable
-from trainer.tables.least_used import DOUBLING_MS
+from trainer.tables.id_table import DOUBLING_MS, NO_CAP, IdTable
 from trainer.tables.lists import CountTable, ItemListTable
 from trainer.tables.table import Table
 

@@ -38,7 +38,7 @@ from state.registry.registry import Registry
 from state.rows.store import RowStore
 from streaming.commit import Committer
 from streaming.context import open_stream
-from streaming.cut import Cutter
+from streaming.rows import Cutter
 from streaming.steps import ParseEvents, UpdateProfiles, opened
 from tests.e2e.evidence import serving_differs
 from tests.memory_log import MemoryLog

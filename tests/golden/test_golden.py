@@ -41,7 +41,7 @@ from trainer import upgrade
 from trainer.engine.step import Trainer
 from trainer.learner import Learner, Surroundings
 from trainer.publications import ServedModel
-from trainer.tables.changes import Changes
+from trainer.tables.id_table import Changes
 from trainer.tables.lists import CountTable
 from trainer.versions import checkpoint, content
 

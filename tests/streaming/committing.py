@@ -22,9 +22,8 @@ from state.log import Writer, topic_plan
 from state.metrics import StorageMetrics, StreamMetrics
 from state.storage import Room
 from streaming.commit import Committer
-from streaming.cut import Cut, Encoding
 from streaming.pipeline import CommitThread
-from streaming.rows import Rows
+from streaming.rows import Cut, Encoding, Rows
 from streaming.writer import StreamWriter
 from tests.memory_log import MemoryLog
 from tests.streaming.pieces import ZERO, context_of

@@ -22,8 +22,8 @@ from state.positions import Range, Source
 from state.process import killpoints
 from state.storage import RETRY_S
 from streaming.accounts import Leaders
-from streaming.cut import Cut
 from streaming.pipeline import QUEUED_CUTS, CommitThread
+from streaming.rows import Cut
 from tests.disks import small_disk
 from tests.memory_log import MemoryWriter
 from tests.streaming.committing import sink, transactions, with_history

@@ -15,9 +15,8 @@ from state.features.spec import EVENT
 from state.history.appends import Appends
 from state.microbatch.codec import decode
 from state.positions import Source
-from streaming.cut import Cut, Cutter, Encoding, encode_cut, gather, merge_appends
 from streaming.event_clock import EventClock
-from streaming.rows import in_order
+from streaming.rows import Cut, Cutter, Encoding, encode_cut, gather, in_order, merge_appends
 from tests.streaming.pieces import ONE, ZERO, piece
 
 

@@ -28,12 +28,11 @@ from state.positions import Source
 from state.user_shares import SHARES
 from streaming import labels as streaming_labels
 from streaming.accounts import faults
-from streaming.cut import Cut, Encoding, encode_cut, merge_all, merge_appends
 from streaming.event_clock import PREFIX, EventClock
 from streaming.labels import open_labels
 from streaming.profile import Profiler
 from streaming.rebuild import Waits
-from streaming.rows import Rows
+from streaming.rows import Cut, Encoding, Rows, encode_cut, merge_all, merge_appends
 from tests.disks import crash
 from tests.streaming import pieces
 from tests.streaming.pieces import SOURCES

@@ -26,10 +26,9 @@ from state.history.store import HistoryStore
 from state.history.sweeping import READ_TIMES, Sweeper
 from state.metrics import StreamMetrics
 from streaming.commit import StreamSweep
-from streaming.cut import Cut
 from streaming.event_clock import PREFIX, BatchClock, Moves, Quorum, believe
 from streaming.profile import ABSENT, Profiler, SlotTable
-from streaming.rows import Rows
+from streaming.rows import Cut, Rows
 from tests.disks import crash as kill
 from tests.streaming import pieces
 from tests.streaming.committing import sink, with_history

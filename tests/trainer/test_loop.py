@@ -23,7 +23,7 @@ from tests.reading import eventually
 from tests.trainer.clicks import SPEC
 from trainer import device
 from trainer import loop as phases
-from trainer.lag import Taken, TrainingLag
+from trainer.gauges import Taken, TrainingLag
 from trainer.loop import CATCHING_UP, HURRY_S, LEARNING, PHASES, VERSION, Phases, Scheduled, await_spec
 
 
@@ -125,7 +125,7 @@ def test_lag_is_in_positions_and_in_seconds_since_the_newest_record_taken() -> N
 def test_an_unreachable_broker_is_logged_once_and_stops_nothing(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("trainer.lag.POLL_S", 0.001)
+    monkeypatch.setattr("trainer.gauges.POLL_S", 0.001)
     trainer = Trainer(3)
     trainer.lag.poll()
     trainer.log.go_away()

@@ -40,9 +40,8 @@ from trainer.engine.step import LoadVersion, Taking, Trainer, WorkerLoad
 from trainer.group import TIMEOUT_S, Group
 from trainer.model.hyperparameters import HYPERPARAMETERS
 from trainer.model.model import Analysed, Model, Preprocessing
-from trainer.privacy.history import NoisePlace
-from trainer.tables.changes import Changes
-from trainer.tables.id_table import I64, MISSING
+from trainer.privacy import NoisePlace
+from trainer.tables.id_table import I64, MISSING, Changes
 from trainer.tables.index import U64
 
 USER, SHARED = "user", "shared"

@@ -25,7 +25,7 @@ from trainer.model.model import Analysed, Preprocessing, StoredTable
 from trainer.model.preprocessing import compiled_graph, graph_of
 from trainer.model.ranker import Ranker
 from trainer.model.tower import DenseTower
-from trainer.privacy.participation import LearnedCrosses
+from trainer.privacy import LearnedCrosses
 from trainer.tables.table import Table
 
 WANTED = "wanted is build(settings, spec, preprocessing) -> trainer.model.ranker.Ranker"

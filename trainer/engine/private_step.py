@@ -30,11 +30,9 @@ from trainer.engine.step import Trainer
 from trainer.engine.tensorflow_engine import Adam
 from trainer.model.hyperparameters import HYPERPARAMETERS
 from trainer.model.model import Analysed, Preprocessing
-from trainer.privacy.accounting import COUNT_NOISE, noise_for
-from trainer.privacy.history import History, NoisePlace, own_key
-from trainer.privacy.participation import Participation
+from trainer.privacy import COUNT_NOISE, History, NoisePlace, Participation, noise_for, own_key
 from trainer.tables.index import U64
-from trainer.tables.popular import ONE, Popular
+from trainer.tables.lists import ONE, Popular
 
 F64 = npt.NDArray[np.float64]
 

@@ -17,7 +17,7 @@ from trainer.model.attributes import Columns
 from trainer.model.candidates import candidates, partners, seed_of
 from trainer.model.hyperparameters import HYPERPARAMETERS
 from trainer.model.model import NEGATIVE_SHIFT, Targets
-from trainer.privacy.participation import LearnedCrosses
+from trainer.privacy import LearnedCrosses
 from trainer.tables.index import I32, U64
 from trainer.tables.lists import CountTable
 

@@ -19,8 +19,16 @@ from trainer.engine.engine import F32, Scores
 from trainer.engine.guard import Verdict
 from trainer.engine.record import Record, joined_records
 from trainer.measures.evaluation import Evaluation
-from trainer.measures.predictions import NONE, CategoryPrediction, of_popular, of_previous
-from trainer.measures.progressive import Judged, Progressive, ScoredPairs, StepScores
+from trainer.measures.progressive import (
+    NONE,
+    CategoryPrediction,
+    Judged,
+    Progressive,
+    ScoredPairs,
+    StepScores,
+    of_popular,
+    of_previous,
+)
 from trainer.measures.slices import Breakdown, Scored, SliceMeasures, Slices, shown_of
 from trainer.model.attributes import Columns
 from trainer.model.model import MASKED

@@ -37,7 +37,7 @@ from state.features.spec import FeatureSpec
 from state.microbatch.batch import MicroBatch
 from state.ranking.crosses import Crosses
 from state.ranking.item_lists import NEXT_CATEGORY, VISITED
-from trainer.churn.learning import ChurnLearner
+from trainer.churn import ChurnLearner
 from trainer.device import device_of
 from trainer.engine.build import EMBEDDINGS, TRANSITION, Growth, tables_of, transitions_of
 from trainer.engine.crosses import share_network
@@ -49,16 +49,14 @@ from trainer.engine.parts import parts_of
 from trainer.engine.record import Record, Recorder, parts
 from trainer.engine.report import Measures, Report, Update, candidates_of
 from trainer.measures.evaluation import Evaluation
-from trainer.measures.predictions import CategoryPrediction, of_came_next
+from trainer.measures.progressive import CategoryPrediction, of_came_next
 from trainer.measures.slices import Slices
 from trainer.model.attributes import Columns
 from trainer.model.model import Analysed, Preprocessing
-from trainer.privacy.history import NoisePlace
-from trainer.tables.changes import Changes
-from trainer.tables.id_table import MISSING, IdTable
+from trainer.privacy import NoisePlace
+from trainer.tables.id_table import MISSING, Changes, IdTable
 from trainer.tables.index import U64
-from trainer.tables.lists import ItemListTable
-from trainer.tables.popular import HOUR_MS, Popular
+from trainer.tables.lists import HOUR_MS, ItemListTable, Popular
 
 if TYPE_CHECKING:
     from trainer.model.ranker import Ranker

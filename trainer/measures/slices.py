@@ -20,9 +20,8 @@ from state.attributes.values import U64
 from state.compiled import compiled, layout
 from state.config.sections import Attributes
 from state.config.settings import Settings
-from trainer.measures import intervals
-from trainer.measures.evaluation import SOME, area_under_curve, bins_of, fade
-from trainer.measures.intervals import Interval
+from trainer.measures import evaluation
+from trainer.measures.evaluation import SOME, Interval, area_under_curve, bins_of, fade
 from trainer.measures.progressive import SUMS, USERS, Judged
 from trainer.model.attributes import Columns
 
@@ -305,18 +304,18 @@ class Breakdown:
         if targets >= SOME:
             equal = targets * targets / worth_rows
             figures |= {"log_loss": log_loss / targets, "top1": top1 / targets}
-            sure["log_loss"] = intervals.of_mean(log_loss / targets, squares / targets, equal)
-            sure["top1"] = intervals.of_share(min(top1 / targets, 1.0), equal)
+            sure["log_loss"] = evaluation.interval_of_mean(log_loss / targets, squares / targets, equal)
+            sure["top1"] = evaluation.interval_of_share(min(top1 / targets, 1.0), equal)
         if pairs >= SOME:
             off = np.abs(deciles[:, 2] - deciles[:, 1]).sum() / pairs
             figures |= {"engagement_log_loss": losses / pairs, "calibration_error": float(off)}
             if clicked >= SOME:
                 figures["calibration"] = predicted / clicked
                 equal = pairs * pairs / worth_pairs
-                sure["calibration"] = intervals.of_ratio(predicted / pairs, min(clicked / pairs, 1.0), equal)
+                sure["calibration"] = evaluation.interval_of_ratio(predicted / pairs, min(clicked / pairs, 1.0), equal)
             if (area := area_under_curve(*bins)) is not None:
                 figures["auc"] = area
-                if (around := intervals.of_area(bins[0], bins[1], pairs / worth_pairs)) is not None:
+                if (around := evaluation.interval_of_area(bins[0], bins[1], pairs / worth_pairs)) is not None:
                     sure["auc"] = around
         return figures, sure
 
@@ -431,7 +430,7 @@ def gap(measures: Sequence[SliceMeasures], dimension: str, name: str) -> SliceGa
         return None
     ordered = sorted(large, key=lambda slice_: slice_.figures[name] * GAPS[name])
     worst, best = ordered[0], ordered[-1]
-    wider = intervals.widened(len(large))
+    wider = evaluation.widened(len(large))
     size = abs(worst.figures[name] - best.figures[name])
     inner = sum((slice_.intervals[name][1] - slice_.intervals[name][0]) / 2 * wider for slice_ in (worst, best))
     return SliceGap(size, max(size - inner, 0.0), best.value, worst.value)

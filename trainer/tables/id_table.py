@@ -3,22 +3,250 @@
 A subclass defines what a row holds. The position of a row is private: every value that leaves a table is ordered by id.
 So two tables with different capacities, or a restored one, continue with the same bits. Evictions, too, follow from the
 contents of a version. Only the trainer's step thread uses these classes.
+
+The ids to evict from a full table are those used least and longest ago, a function of a version's content.
+
+An id ranks by the log time of its last occurrence, plus a day for each doubling of its use. A flood of new ids thus
+evicts itself. Ties evict the smaller id first.
+
+`Changes` tracks what changed in a table since a point: rows by id, and ids that were removed or wait. Steps only list ids.
 """
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from state.compiled import compiled, mix, read_only
-from trainer.tables.changes import ChangeList, Changes
+from state.compiled import compiled, inlined, mix, read_only
 from trainer.tables.index import F32, I32, U64, Places, grown
-from trainer.tables.least_used import excess, least_used
 
 I64 = npt.NDArray[np.int64]
+_FOLD = 65_536
+
+
+class ListedIds:
+    """A list of changed ids; each is returned once, however often it was added.
+
+    >>> listed = ListedIds()
+    >>> listed.add(np.array([9, 3], np.uint64)); listed.add(np.array([9], np.uint64))
+    >>> listed.distinct().tolist()
+    [3, 9]
+    """
+
+    def __init__(self) -> None:
+        self._parts: list[U64] = []
+        self._waiting = 0
+
+    def add(self, ids: U64) -> None:
+        """Lists `[n]` ids; the array must not change afterwards."""
+        if ids.size == 0:
+            return
+        self._parts.append(ids)
+        self._waiting += ids.size
+        # A list that is not taken is folded, so that it holds at most twice the number of distinct ids.
+        if self._waiting > max(_FOLD, self._parts[0].size):
+            self._parts, self._waiting = [self.distinct()], 0
+
+    def distinct(self) -> U64:
+        """Each id once, ascending."""
+        if not self._parts:
+            return np.empty(0, np.uint64)
+        # Sorting is ten times as fast as NumPy's `unique`, which hashes.
+        ids: U64 = np.sort(np.concatenate([np.zeros(1, np.uint64), *self._parts]))
+        distinct: U64 = ids[1:][ids[1:] != ids[:-1]]
+        return distinct
+
+
+@dataclass(frozen=True)
+class Changes:
+    """Rows of a table, ordered by id: all of them, or those that changed since the last take.
+
+    Attributes:
+        ids: `[k]` uint64, ascending.
+        rows: `[k, dim]` float32, the embedding rows.
+        accum: `[k, dim]` float32, their Adagrad accumulators.
+        last_seen_ms: `[k]` int64, log time of their last sighting.
+        removed: `[r]` uint64, ascending: ids that expired or were evicted, and were not admitted again.
+        pending_ids: `[p]` uint64, ascending: ids seen too seldom to have a row yet.
+        pending_counts: `[p]` int32, their sightings; 0 means no longer pending.
+        pending_seen_ms: `[p]` int64, log time of their last sighting.
+    """
+
+    ids: U64
+    rows: F32
+    accum: F32
+    last_seen_ms: I64
+    removed: U64
+    pending_ids: U64
+    pending_counts: I32
+    pending_seen_ms: I64
+
+    FIELDS = ("ids", "rows", "accum", "last_seen_ms", "removed", "pending_ids", "pending_counts", "pending_seen_ms")
+
+    def columns(self) -> dict[str, npt.NDArray[Any]]:
+        """The arrays by name."""
+        return {field: getattr(self, field) for field in self.FIELDS}
+
+    def digest(self) -> str:
+        """SHA-256 (hex) over every array in the order of FIELDS."""
+        sha = hashlib.sha256()
+        for field in self.FIELDS:
+            sha.update(np.ascontiguousarray(getattr(self, field)).tobytes())
+        return sha.hexdigest()
+
+
+@compiled("i4[::1], u1[::1], i4[::1], i8")
+def mark_rows(rows: I32, flags: npt.NDArray[np.uint8], listed: I32, count: int) -> int:
+    """Appends those of `[n]` rows that are not in `flags` to the first `count` of `listed`; returns the new count."""
+    for i in range(rows.shape[0]):
+        row = rows[i]
+        if row != 0 and flags[row] == 0:
+            flags[row] = 1
+            listed[count] = row
+            count += 1
+    return count
+
+
+class ChangeList:
+    """What changed in a table of `capacity` row slots since a point, each row once; nothing is copied.
+
+    Attributes:
+        removed: Ids whose rows were removed; those that returned since have a row.
+        pending: Ids without a row that were seen, or are no longer waiting.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._flags: npt.NDArray[np.uint8] = np.zeros(capacity, np.uint8)
+        self._listed: I32 = np.zeros(capacity, np.int32)
+        self._count = 0
+        self.removed, self.pending = ListedIds(), ListedIds()
+
+    def touch(self, rows: I32) -> None:
+        """Lists rows, `[n]` int32."""
+        self._count = mark_rows(np.ascontiguousarray(rows), self._flags, self._listed, self._count)
+
+    def rows(self) -> I32:
+        """The rows listed, `[n]` int32; some may no longer have an id."""
+        return self._listed[: self._count]
+
+    def clear(self) -> None:
+        """Empties the list."""
+        self._flags[self.rows()] = 0
+        self._count, self.removed, self.pending = 0, ListedIds(), ListedIds()
+
+    def move_to(self, older: ChangeList) -> None:
+        """Adds all of it to a list since an earlier point, and clears this list."""
+        older.touch(self.rows())
+        older.removed.add(self.removed.distinct())
+        older.pending.add(self.pending.distinct())
+        self.clear()
+
+    def resize(self, capacity: int, former: I32 | None = None) -> None:
+        """Follows a table that moved its rows; `former` are the former slots of rows 0, 1, 2 .., None if all stay."""
+        if former is None:
+            self._flags, self._listed = grown(self._flags, capacity), grown(self._listed, capacity)
+            return
+        self._flags = grown(self._flags[former], capacity)
+        listed = np.flatnonzero(self._flags).astype(np.int32)
+        self._listed, self._count = grown(listed, capacity), listed.size
+
+
+DOUBLING_MS = 86_400_000
+"""The additional time that an id is kept for each doubling of its use."""
+
+LEAST = -20
+"""Use below 2 to the power of this counts as none."""
+
+ROOM, MOST_AT_ONCE = 8, 131_072
+"""A full table evicts one in ROOM ids at once, at most MOST_AT_ONCE, so that it is not full again in the next step."""
+
+_BUCKETS = 1 << 16
+
+
+@inlined
+def _rank(last_seen_ms: int, bits: int) -> int:
+    """`bits` are those of a float32. Only its exponent counts, as the number of doublings: rounding has no effect."""
+    return last_seen_ms + DOUBLING_MS * max(((bits >> 23) & 255) - 127, LEAST)
+
+
+@compiled("u8[::1], i8[::1], i4[::1], i8, i8, i8[::1]")
+def _counted(ids: U64, last_seen_ms: I64, bits: I32, lowest: int, width: int, counts: I64) -> None:
+    for index in range(ids.shape[0]):
+        if ids[index] != 0:
+            counts[(_rank(last_seen_ms[index], bits[index]) - lowest) // width] += 1
+
+
+@compiled("u8[::1], i8[::1], i4[::1], i8[::1]")
+def _bounds(ids: U64, last_seen_ms: I64, bits: I32, bounds: I64) -> None:
+    for index in range(ids.shape[0]):
+        if ids[index] != 0:
+            rank = _rank(last_seen_ms[index], bits[index])
+            bounds[0] = min(bounds[0], rank)
+            bounds[1] = max(bounds[1], rank)
+
+
+@compiled("u8[::1], i8[::1], i4[::1], i8, i8, i4[::1], i8[::1]")
+def _below(ids: U64, last_seen_ms: I64, bits: I32, bound: int, width: int, chosen: I32, ranks: I64) -> int:
+    """Fills `chosen` from the front with indices that rank below `bound`, and from the end with the next bucket.
+
+    `ranks` gets the ranks of that bucket.
+    """
+    below, behind = 0, chosen.shape[0]
+    for index in range(ids.shape[0]):
+        if ids[index] != 0:
+            rank = _rank(last_seen_ms[index], bits[index])
+            if rank < bound:
+                chosen[below] = index
+                below += 1
+            elif rank < bound + width:
+                behind -= 1
+                chosen[behind] = index
+                ranks[behind] = rank
+    return below
+
+
+def least_used(ids: U64, last_seen_ms: I64, use: F32, leaving: int) -> I32:
+    """Chooses the ids to evict: `[leaving]` int32 indices, in arbitrary order.
+
+    Args:
+        ids: `[n]` uint64, distinct, the id at each index; 0 where there is none.
+        last_seen_ms: `[n]` int64.
+        use: `[n]` float32, the amount of use.
+        leaving: At least one, and no more than there are.
+
+    >>> ids, seen = np.array([0, 5, 6, 7], np.uint64), np.array([0, 3, 1, 2])
+    >>> least_used(ids, seen, np.array([0, 1, 4, 1], np.float32), 2).tolist()
+    [3, 1]
+    """
+    bits = use.view(np.int32)
+    ends = np.array([np.iinfo(np.int64).max, np.iinfo(np.int64).min])
+    _bounds(ids, last_seen_ms, bits, ends)
+    lowest, width = int(ends[0]), int(ends[1] - ends[0]) // _BUCKETS + 1
+    counts = np.zeros(_BUCKETS, np.int64)
+    _counted(ids, last_seen_ms, bits, lowest, width, counts)
+    sums = np.cumsum(counts)
+    bucket = int(np.searchsorted(sums, leaving))
+    among = int(counts[bucket])
+    chosen, ranks = np.empty(int(sums[bucket]), np.int32), np.empty(int(sums[bucket]), np.int64)
+    below = _below(ids, last_seen_ms, bits, lowest + bucket * width, width, chosen, ranks)
+    last = chosen[below : below + among]
+    order = np.lexsort((ids[last], ranks[below : below + among]))
+    return np.concatenate([chosen[:below], last[order[: leaving - below]]])
+
+
+def excess(count: int, most: int) -> int:
+    """The number of ids to evict from a table of `count` ids and capacity `most`; 0 if it is within its capacity.
+
+    >>> excess(80, 80), excess(81, 80)
+    (0, 11)
+    """
+    return count - most + min(most // ROOM, MOST_AT_ONCE) if count > most else 0
+
 
 MISSING = 0
 """The row of every id that has none: always zero, never trained."""

@@ -23,9 +23,9 @@ from state.rows.tables import ITEM_LISTS, OPTIONAL, UNSERVED, tables_in
 from trainer.engine.build import labelled
 from trainer.engine.step import Taking, Trainer
 from trainer.model.hyperparameters import HYPERPARAMETERS, MODEL_CODE
-from trainer.privacy.history import own_key
-from trainer.tables.changes import Changes
-from trainer.tables.popular import HOUR_MS, ONE
+from trainer.privacy import own_key
+from trainer.tables.id_table import Changes
+from trainer.tables.lists import HOUR_MS, ONE
 from trainer.versions import content
 
 # Settings of [trainer] in addition to all of [model].

@@ -214,7 +214,7 @@ def without_tombstones(tensors: Tensors, users: MaskedUsers, known: CrossedIds) 
 
 
 def _without_waiting(tensors: Tensors, users: MaskedUsers) -> dict[str, Array]:
-    """The churn examples that wait for their label (`trainer/churn/learning.py`), without users; may be empty."""
+    """The churn examples that wait for their label (`trainer/churn.py`), without users; may be empty."""
     if f"{WAITING}user" not in tensors:
         return {}
     keep = ~users.has(tensors[f"{WAITING}user"])

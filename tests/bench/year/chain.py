@@ -25,7 +25,7 @@ from state.registry.registry import Registry
 from state.rows.store import RowStore
 from streaming.commit import Committer
 from streaming.context import StreamContext, open_stream
-from streaming.cut import Cutter
+from streaming.rows import Cutter
 from streaming.steps import ClickReader, Handle, ParseEvents, UpdateProfiles, opened
 from tests.memory_log import MemoryLog
 from tests.trainer.logs import settle

@@ -20,8 +20,7 @@ from tests.rules import ALERTS
 from tests.trainer.batches import micro_batch
 from tests.trainer.logs import fresh
 from trainer import gauges
-from trainer.measures.predictions import BASELINES
-from trainer.measures.progressive import USERS
+from trainer.measures.progressive import BASELINES, USERS
 
 NEAR, FULL = ALERTS["SpringtideStorageNearLimit"]["expr"], ALERTS["SpringtideStorageFull"]["expr"]
 BUDGET = 500_000_000

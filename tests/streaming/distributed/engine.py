@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from apache_beam.utils.timestamp import Timestamp
 
 from streaming.distributed.account import Account, BundleReport, WriteBuckets
-from streaming.distributed.portions import decode, encode, stored
+from streaming.distributed.bucket import decode, encode, stored
 from streaming.distributed.steps import ReadPartitions, UpdateBuckets
 from streaming.distributed.worker import JobPlan, worker_of
 

@@ -29,7 +29,7 @@ from state.registry.control import roll_back, start
 from state.registry.controls import Controls
 from streaming.attributes import Join
 from streaming.context import open_job
-from streaming.cut import Cut, Encoding, encode_cut
+from streaming.rows import Cut, Encoding, encode_cut
 from tests.memory_log import MemoryLog
 
 TOPIC = "ab" * 16

@@ -29,9 +29,8 @@ from state.registry.controls import Controls
 from state.registry.erasing import reports
 from state.registry.registry import Registry
 from streaming.distributed.account import PART, Account
-from streaming.distributed.bucket import Head
+from streaming.distributed.bucket import Head, stored
 from streaming.distributed.job import build_distributed, plan_of
-from streaming.distributed.portions import stored
 from streaming.distributed.steps import SourceReading
 from streaming.distributed.worker import JobPlan, close_workers, worker_of
 from tests.conftest import KafkaFactory

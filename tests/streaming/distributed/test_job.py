@@ -32,9 +32,9 @@ from state.registry.control import roll_back, start
 from state.registry.controls import Controls
 from state.registry.log_line import turned
 from streaming.distributed.account import Account, BundleReport, Publisher
+from streaming.distributed.bucket import Portion, divide, encode
+from streaming.distributed.bucket import decode as decode_portion
 from streaming.distributed.job import FLINK, PRISM, beam_options, build_distributed, plan_of
-from streaming.distributed.portions import Portion, divide, encode
-from streaming.distributed.portions import decode as decode_portion
 from streaming.distributed.steps import Partitions, SourceReading
 from streaming.distributed.worker import JobPlan, JobWorker, close_workers, worker_of
 from streaming.event_clock import BatchClock, Moves, OffClock, moves_of

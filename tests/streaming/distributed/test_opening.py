@@ -17,8 +17,8 @@ from state.log.accepted_gaps import Consent, parse_allowance
 from state.microbatch.codec import decode
 from streaming.context import NO_CONSENT
 from streaming.distributed.account import Account
+from streaming.distributed.bucket import stored
 from streaming.distributed.job import plan_of
-from streaming.distributed.portions import stored
 from streaming.distributed.steps import SourceReading
 from streaming.distributed.worker import JobPlan, worker_of
 from tests.conftest import KafkaFactory

@@ -16,8 +16,7 @@ from state.features.spec import EVENT
 from state.history.appends import Appends
 from streaming.attributes import Join
 from streaming.distributed.account import Account
-from streaming.distributed.bucket import BucketStore, Cells, Delta, restored
-from streaming.distributed.portions import stored
+from streaming.distributed.bucket import BucketStore, Cells, Delta, restored, stored
 from streaming.distributed.worker import JobPlan, JobWorker, close_workers, worker_of
 from tests.memory_log import MemoryLog
 from tests.streaming.distributed.engine import Engine

@@ -15,7 +15,7 @@ from state.churn import PREFIX, STORED, weights_in
 from state.features.spec import EVENT, FeatureSpec
 from state.microbatch.batch import MicroBatch
 from tests.bench.recorded import SOURCE, Recorded, micro_batches, plain
-from trainer.churn.learning import FEW, TENTHS, ChurnLearner, KnownExamples, OnlineRegression
+from trainer.churn import FEW, TENTHS, ChurnLearner, KnownExamples, OnlineRegression
 
 SPEC = FeatureSpec()
 WARM_UP_DAYS = 12

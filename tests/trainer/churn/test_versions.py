@@ -27,7 +27,7 @@ from tests.trainer.logs import (
 )
 from tests.trainer.test_verify import started_with_spec
 from trainer import verify
-from trainer.churn.learning import NEVER_MS, ChurnLearner, ChurnWaiting, KnownExamples
+from trainer.churn import NEVER_MS, ChurnLearner, ChurnWaiting, KnownExamples
 from trainer.engine.guard import Verdict
 from trainer.learner import Learner
 from trainer.tables.index import hashed_uniform

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from tests.trainer.guard.test_watch import LIMITS, clean, start
-from trainer.guard.rules import StepFigures
-from trainer.guard.slice_watch import PATIENCE, medians
+from trainer.guard import PATIENCE, StepFigures, medians
 from trainer.holding import Judgement, Standing, WindowWatch
 
 SHARES = ((0.9, 0.1), (0.45, 0.2, 0.15, 0.1, 0.06, 0.04))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from state.config.sections import GuardSettings
-from trainer.guard.rules import BUCKETS, NAMES, StepFigures, WindowStart
+from trainer.guard import BUCKETS, NAMES, StepFigures, WindowStart
 from trainer.holding import Judgement, Standing, WindowWatch
 
 LIMITS = GuardSettings(window_s=10.0)

@@ -19,8 +19,17 @@ from trainer.engine.engine import Scores
 from trainer.engine.record import Record
 from trainer.engine.report import judged
 from trainer.measures.evaluation import HALF_LIFE_ROWS
-from trainer.measures.predictions import BASELINES, KEPT, LISTED, PREDICTORS, SPAN_MS, of_came_next
-from trainer.measures.progressive import SUMS, USERS, Progressive
+from trainer.measures.progressive import (
+    BASELINES,
+    KEPT,
+    LISTED,
+    PREDICTORS,
+    SPAN_MS,
+    SUMS,
+    USERS,
+    Progressive,
+    of_came_next,
+)
 from trainer.model.ranker import MASKED, Targets
 from trainer.tables.lists import CountTable
 from trainer.versions import checkpoint, content

@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry
 from evaluation.measures import area_under_curve
 from state.metrics import TrainerMetrics
 from trainer import gauges
-from trainer.measures import intervals
+from trainer.measures import evaluation
 from trainer.measures.evaluation import HALF_LIFE_ROWS
 from trainer.measures.progressive import SUMS, Judged, ScoredPairs, StepScores, no_sums
 from trainer.measures.slices import DECILES, Breakdown, SliceMeasures, gap, values
@@ -118,10 +118,10 @@ def test_a_slice_without_new_rows_loses_its_figures() -> None:
 def test_intervals_contain_the_true_value_at_their_confidence(share: float) -> None:
     rng, samples, rows = np.random.default_rng(5), 2000, 200
     hits = rng.binomial(rows, share, samples) / rows
-    held = [low <= share <= high for low, high in (intervals.of_share(one, rows) for one in hits)]
+    held = [low <= share <= high for low, high in (evaluation.interval_of_share(one, rows) for one in hits)]
     assert 0.92 < np.mean(held) < 0.98
     drawn = rng.exponential(1.0, (samples, rows))
-    ends = [intervals.of_mean(one.mean(), (one**2).mean(), rows) for one in drawn]
+    ends = [evaluation.interval_of_mean(one.mean(), (one**2).mean(), rows) for one in drawn]
     assert 0.92 < np.mean([low <= 1.0 <= high for low, high in ends]) < 0.97
 
 
@@ -129,7 +129,7 @@ def test_the_interval_of_the_area_contains_the_true_area() -> None:
     rng, edges, held = np.random.default_rng(6), np.linspace(-6, 6, 65), []
     for _ in range(400):
         below, above = (np.histogram(rng.normal(mean, 1, 150), edges)[0].astype(float) for mean in (0, 1))
-        low, high = intervals.of_area(below, above, 1.0) or (2.0, 2.0)
+        low, high = evaluation.interval_of_area(below, above, 1.0) or (2.0, 2.0)
         held.append(low <= 0.76025 <= high)
     assert 0.92 < np.mean(held) < 0.98
 

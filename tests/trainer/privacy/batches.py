@@ -16,7 +16,7 @@ from state.registry.log_line import WHOLE
 from tests.trainer.batches import SPEC, micro_batch
 from tests.trainer.clicks import small_settings
 from trainer.engine.private_step import PrivateTrainer
-from trainer.privacy.history import NoisePlace
+from trainer.privacy import NoisePlace
 
 KEY = "ab" * 32
 BUDGET = (

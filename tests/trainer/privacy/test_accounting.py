@@ -22,10 +22,19 @@ from state.microbatch.batch import MicroBatch
 from state.registry.log_line import WHOLE, turned
 from state.registry.privacy_ledger import PrivacyPeriod
 from tests.trainer.privacy.batches import labelled, settings
+from trainer import privacy
 from trainer.engine.private_step import Noise
-from trainer.privacy import history as history_module
-from trainer.privacy.accounting import COUNT_NOISE, epsilon_of, noise_for, spent, together
-from trainer.privacy.history import History, NoisePlace, environment_digest, own_key
+from trainer.privacy import (
+    COUNT_NOISE,
+    History,
+    NoisePlace,
+    environment_digest,
+    epsilon_of,
+    noise_for,
+    own_key,
+    spent,
+    together,
+)
 from trainer.versions import checkpoint
 
 
@@ -202,7 +211,7 @@ def test_code_of_another_format_makes_other_noise_and_another_line(
 ) -> None:
     some = records(tmp_path)
     before = told(some)
-    monkeypatch.setattr(history_module, "FORMAT", history_module.FORMAT + 1)
+    monkeypatch.setattr(privacy, "FORMAT", privacy.FORMAT + 1)
     assert {one for pair in before for one in pair}.isdisjoint(one for pair in told(some) for one in pair)
 
 

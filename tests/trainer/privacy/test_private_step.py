@@ -16,7 +16,7 @@ from trainer.engine.private_step import ROUNDING, Noise, PrivateTrainer, Units, 
 from trainer.engine.record import Record
 from trainer.model.hyperparameters import HYPERPARAMETERS
 from trainer.model.ranker import Targets
-from trainer.privacy.participation import LearnedCrosses
+from trainer.privacy import LearnedCrosses
 from trainer.versions import checkpoint
 
 CLIP = 1.0 / HYPERPARAMETERS.loss_scale

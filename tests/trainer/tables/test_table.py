@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from state.compiled import mixed
 from state.ranking.transitions import FOLLOWERS, MOST, WIDTH, unpack
 from trainer.tables.index import IdIndex, hashed_uniform
-from trainer.tables.lists import CountTable
-from trainer.tables.popular import HOUR_MS, Popular, decayed
+from trainer.tables.lists import HOUR_MS, CountTable, Popular, decayed
 
 
 def ids(*numbers: int) -> np.ndarray:

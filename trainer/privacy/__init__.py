@@ -1,1 +1,0 @@
-"""Differential privacy of shared weights: participation, noise, and its accounting; see `docs/model/privacy.md`."""
