@@ -11,8 +11,8 @@ from contextlib import ExitStack
 from typing import Any
 
 from deploy.command_line import run_command
-from deploy.replaying.clock import MAX, parse_speed
 from deploy.replaying.recording import (
+    MAX,
     NAMED_LINES,
     Findings,
     Options,
@@ -23,6 +23,7 @@ from deploy.replaying.recording import (
     check,
     folder_of,
     key_of,
+    parse_speed,
     try_out,
 )
 from deploy.replaying.sender import Outbox, Progress

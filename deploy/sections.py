@@ -22,8 +22,8 @@ from state.errors import SpringtideError, UnknownTopic
 from state.history import snapshots
 from state.log import Topics
 from state.registry import hosts, privacy_ledger
-from state.registry.claim import standbys, trainer_of
 from state.registry.control import HeldUpdate
+from state.registry.directory import standbys, trainer_of
 from state.registry.privacy_ledger import PrivacyLedger
 from state.segments.expression import texts_of
 from state.storage import free_bytes, used_bytes

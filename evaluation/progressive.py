@@ -42,7 +42,7 @@ from evaluation.baselines import (
 )
 from evaluation.measures import OURS
 from springtide_client.answers import Recommendations
-from state.attributes.store import AttributeStore
+from state.attributes.values import AttributeStore
 from state.compiled import mixed
 from state.config.settings import Settings
 from state.events.identity import Salt

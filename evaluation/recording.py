@@ -22,8 +22,7 @@ from deploy.attributes import AttributeFiles, rows_of_files
 from deploy.attributes import encode as encode_attributes
 from deploy.replaying.shoppers import Clicks, encode
 from state.attributes.follower import packed
-from state.attributes.store import AttributeStore, TopicPosition
-from state.attributes.values import AttributeTable, tables_of
+from state.attributes.values import AttributeStore, AttributeTable, TopicPosition, tables_of
 from state.config.settings import Settings
 from state.errors import DecodeError, SettingsError
 from state.events.decoding import Decoder, load_decoder

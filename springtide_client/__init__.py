@@ -25,15 +25,15 @@ from springtide_client.answers import Version as Version
 from springtide_client.client import AsyncClient as AsyncClient
 from springtide_client.client import Cap as Cap
 from springtide_client.client import Client as Client
+from springtide_client.client import ClientError as ClientError
 from springtide_client.client import Item as Item
+from springtide_client.client import Overloaded as Overloaded
+from springtide_client.client import Refused as Refused
 from springtide_client.client import Retries as Retries
+from springtide_client.client import ServerFailed as ServerFailed
+from springtide_client.client import TimedOut as TimedOut
+from springtide_client.client import UnexpectedAnswer as UnexpectedAnswer
+from springtide_client.client import Unreachable as Unreachable
 from springtide_client.client import User as User
-from springtide_client.errors import ClientError as ClientError
-from springtide_client.errors import Overloaded as Overloaded
-from springtide_client.errors import Refused as Refused
-from springtide_client.errors import ServerFailed as ServerFailed
-from springtide_client.errors import TimedOut as TimedOut
-from springtide_client.errors import UnexpectedAnswer as UnexpectedAnswer
-from springtide_client.errors import Unreachable as Unreachable
 
 __version__ = "0.2.0"

@@ -1,6 +1,16 @@
 """The clients: `AsyncClient` for asyncio programs, and `Client` with the same calls for programs without an event loop.
 
 Every call only reads, so a call whose response was lost can safely be sent again.
+
+Each message of an exception gives the cause and the remedy.
+
+ClientError
+├── Unreachable         the address cannot be reached
+├── TimedOut            no response arrived in time
+├── Refused             the response is an error: status, what, do, where
+│   ├── Overloaded      429: more requests than can be served in time
+│   └── ServerFailed    5xx: not ready, too late, or failed
+└── UnexpectedAnswer    the response is not from Springtide, or has another format
 """
 
 from __future__ import annotations
@@ -41,15 +51,51 @@ from springtide_client.answers import (
     SimilarItems,
     UserSegment,
 )
-from springtide_client.errors import (
-    ClientError,
-    Overloaded,
-    Refused,
-    ServerFailed,
-    TimedOut,
-    UnexpectedAnswer,
-    Unreachable,
-)
+
+
+class ClientError(Exception):
+    """Base class of the client's errors: a call got no response, or an error. `what` happened, and what to `do`."""
+
+    def __init__(self, what: str, do: str = "") -> None:
+        super().__init__(f"{what}; {do}" if do else what)
+        self.what, self.do = what, do
+
+
+class Unreachable(ClientError):
+    """The address cannot be reached. Check whether a worker runs there."""
+
+
+class TimedOut(ClientError):
+    """No response arrived in time. Allow more time, or request less at once."""
+
+
+class Refused(ClientError):
+    """The response is an error.
+
+    Args:
+        status: HTTP status code.
+        where: The part of the request at fault, if there is one: a parameter, or a JSON pointer into the body.
+        retry_after_s: The wait in seconds that the worker requests before a retry; None if it requests none.
+    """
+
+    def __init__(
+        self, status: int, what: str, do: str = "", where: str = "", retry_after_s: float | None = None
+    ) -> None:
+        super().__init__(what, do)
+        self.status, self.where, self.retry_after_s = status, where, retry_after_s
+
+
+class Overloaded(Refused):
+    """The worker receives more requests than it can serve in time. Send fewer, or run more workers."""
+
+
+class ServerFailed(Refused):
+    """The worker is not ready, exceeded its deadline, or failed. Its log gives the cause."""
+
+
+class UnexpectedAnswer(ClientError):
+    """The response is not from Springtide, or has another format. Check the address and any proxies in between."""
+
 
 SHARE = "springtide-share"
 """Header that requests the shares of the users of a request; the response has it with the shares."""
@@ -270,7 +316,7 @@ class AsyncClient:
             top: The most interests of the answer; by default 10.
 
         Raises:
-            ClientError: See `springtide_client.errors`.
+            ClientError: See the module.
         """
         parameters = {"item": item, "category": category, "at": at, "fields": ",".join(fields) or None, "top": top}
         return await self._get("/v1/profiles/{}", user_id, Profile, parameters, context)
@@ -342,7 +388,7 @@ class AsyncClient:
             context: Likewise.
 
         Raises:
-            ClientError: See `springtide_client.errors`.
+            ClientError: See the module.
         """
         parameters = {"n": n, "category": category, "exclude_seen": "true" if exclude_seen else None, "at": at}
         return await self._get("/v1/recommendations/{}", user_id, Recommendations, parameters, context)
@@ -404,7 +450,7 @@ class AsyncClient:
         """Returns the versions that can be requested, the served one first; or the one with this number or label.
 
         Raises:
-            ClientError: See `springtide_client.errors`.
+            ClientError: See the module.
         """
         return await self._ask("GET", _model(version, label), ModelStatus, [])
 
@@ -429,7 +475,7 @@ class AsyncClient:
             label: A version's label, instead of its number.
 
         Raises:
-            ClientError: See `springtide_client.errors`.
+            ClientError: See the module.
         """
         body = _without_none({"instances": list(rows), "signature_name": signature})
         path = f"{_model(version, label)}:predict"

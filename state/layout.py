@@ -10,7 +10,7 @@
     │   ├── recent/ recent.boot  versions that are not durable    state/registry/registry.py
     │   ├── control/             one file per generation          state/registry/controls.py
     │   ├── masks/               users that masks and erasures name, by digest
-    │   ├── erasures/            how far each process has applied erasures     state/registry/erasing.py
+    │   ├── erasures/            how far each process has applied erasures     state/registry/hosts.py
     │   ├── hosts/               serving hosts and the users they hold              state/registry/hosts.py
     │   ├── outcomes/            outcomes of rollbacks            state/registry/controls.py
     │   ├── programs/ specs/     by digest
@@ -21,7 +21,7 @@
     │   ├── privacy/ledger.json      the privacy budget spent so far       state/registry/privacy_ledger.py
     │   ├── shared.json shared.catalog   the shared registry      state/registry/directory.py
     │   ├── tmp/                 files being written; swept
-    │   ├── trainer.lock takeover.lock   the trainer's claim      state/registry/claim.py
+    │   ├── trainer.lock takeover.lock   the trainer's claim      state/registry/directory.py
     │   └── compactor.lock, shared.lock
     ├── stream-0/                lock, writer (the transactional id)   streaming/writer.py
     │   ├── leaders.json                                          streaming/accounts.py
@@ -29,7 +29,7 @@
     │   │                        state/history/store.py, state/disk/memory_place.py, lmdb_store.py
     │   ├── histories.link, .saving   copies on their way into and out of memory
     │   ├── histories.rebuilding, .rebuilt, .bad<n>               streaming/histories.py
-    │   └── attributes/                                           state/attributes/store.py
+    │   └── attributes/                                           state/attributes/values.py
     ├── serving/                 the applier's lock
     │   ├── rows                 a link to the rows, in memory    state/disk/memory_place.py, state/rows/store.py
     │   ├── rows.disk/           the rows if memory has no space
@@ -52,7 +52,7 @@
     ├── replay/<key>/            lock, journal                    deploy/replaying/recording.py
     ├── kafka/                   broker.lock, data                deploy/local_kafka.py
     ├── prometheus/              prometheus.yml, data             deploy/startup/prometheus.py
-    ├── flink/                   lock, conf, checkpoints, savepoints, logs     deploy/flink/processes.py
+    ├── flink/                   lock, conf, checkpoints, savepoints, logs     deploy/flink/command.py
     └── logs/                    one file per process             deploy/supervisor.py
 
 A store's directory holds `data.mdb`, `lock.mdb` and `mark.json`.

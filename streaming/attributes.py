@@ -19,8 +19,7 @@ from dataclasses import replace
 import numpy as np
 
 from state.attributes.follower import POLL_S, AttributeFollower, follow, keep_following
-from state.attributes.store import AttributeStore, ids_in, texts_in
-from state.attributes.values import SIDES, U64, AttributeTable, Joined
+from state.attributes.values import SIDES, U64, AttributeStore, AttributeTable, Joined, ids_in, texts_in
 from state.events.parser import ANNOUNCE_MS
 from state.metrics import StreamMetrics
 from streaming.rows import Rows

@@ -25,8 +25,7 @@ from prometheus_client import CollectorRegistry
 
 from state import metrics
 from state.attributes.follower import AttributeFollower, Report
-from state.attributes.store import AttributeStore
-from state.attributes.values import tables_of
+from state.attributes.values import AttributeStore, tables_of
 from state.config.settings import Settings
 from state.events.identity import Salt
 from state.events.parser import EventBatch, Parser

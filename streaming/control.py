@@ -38,7 +38,7 @@ from state.positions import Source
 from state.process import killpoints
 from state.registry.control import Control
 from state.registry.controls import ControlPoll
-from state.registry.erasing import ErasureReport, report
+from state.registry.hosts import ErasureReport, write_erasure_report
 from state.registry.log_line import LogLine
 from streaming.event_clock import PREFIX, EventClock
 
@@ -158,7 +158,7 @@ def roll_back_histories(
 def report_erasures(registry: Path, applied: ErasureReport, warn: Callable[[str], None]) -> bool:
     """Reports to the registry which erasures were applied; returns whether it succeeded, and calls `warn` if not."""
     try:
-        report(registry, applied)
+        write_erasure_report(registry, applied)
     except OSError as error:
         warn(f"applied erasures cannot be reported in {registry}: {error}")
         return False

@@ -30,8 +30,7 @@ from state.registry.log_line import LogLine, onward
 from state.registry.manifest import LogRange, Manifest
 from state.registry.registry import Registry
 from trainer.engine.step import Trainer
-from trainer.intake import RecordFilter
-from trainer.place import Passages, TrainingPlace
+from trainer.intake import Passages, RecordFilter, TrainingPlace
 from trainer.versions import checkpoint
 from trainer.versions.carrying import nothing_learned
 

@@ -40,7 +40,7 @@ from state.process.part import run_part
 from state.ranking.crosses import Crosses, crosses_of
 from state.registry.control import named
 from state.registry.directory import usable
-from state.registry.erasing import ErasureReport, report, reports
+from state.registry.hosts import ErasureReport, erasure_reports, write_erasure_report
 from state.registry.manifest import Manifest, entries, sees
 from state.registry.registry import SERVING, TRAINING, Registry
 from state.storage import REGISTRY, kept_bytes, used_bytes
@@ -296,7 +296,7 @@ def _needed_bases(held: _Held, wanted: Collection[int], expired: Collection[int]
 
 def reported(registry: Registry) -> ErasureReport:
     """The last report of the compactor."""
-    own_reports = [report for report in reports(registry.path) if report.part == PART]
+    own_reports = [report for report in erasure_reports(registry.path) if report.part == PART]
     return own_reports[0] if own_reports else ErasureReport(PART, HOST, str(registry.path), 0, 0)
 
 
@@ -322,7 +322,7 @@ def rewrite(registry: Registry, crosses: Crosses, now_ms: Callable[[], int] = wa
             count += _rewritten(registry, part, erased, crossed_ids)
     last = parts[-1].version if parts else 0
     if (last_report.through, last_report.version) != (erased.last, last):
-        report(
+        write_erasure_report(
             registry.path,
             changed(last_report, through=erased.last, pages=erased.last, version=last, at_ms=now_ms()),
         )

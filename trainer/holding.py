@@ -51,8 +51,8 @@ from trainer.guard import (
     summed,
     usual,
 )
+from trainer.intake import TrainingPlace, newest_before
 from trainer.measures.slices import LOSSES
-from trainer.place import TrainingPlace, newest_before
 from trainer.versions.content import GUARDED
 
 F32 = npt.NDArray[np.float32]

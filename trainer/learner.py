@@ -35,15 +35,14 @@ from state.registry.model_fit import former_specs
 from state.registry.registry import RECENT_S, Registry
 from state.registry.segments import ClickRanges, clicks_in, from_json, has_caught_up, learned_before
 from state.storage import Room, is_full, unless_full
-from trainer import gauges, place
+from trainer import gauges
 from trainer.beginning import Begins, from_nothing, resume
 from trainer.engine.guard import Verdict
 from trainer.engine.report import Report
 from trainer.engine.step import Trainer
 from trainer.holding import UpdateGuard
-from trainer.intake import BAD, LogRecord, RecordFilter, former, records_of
+from trainer.intake import BAD, LogRecord, Passages, RecordFilter, TrainingPlace, former, records_of, show_account
 from trainer.measures.progressive import SUMS
-from trainer.place import Passages, TrainingPlace
 from trainer.privacy_budget import PrivacyBudget
 from trainer.publications import Publications, ServedModel
 from trainer.versions import checkpoint
@@ -403,7 +402,7 @@ class Learner:
         self._metrics.caught_up.set(self.caught_up)
         self._idle_ticks = 0 if count else self._idle_ticks + 1
         if self._idle_ticks < 2 or self._idle_ticks % IDLE_TICKS == 0:
-            self._faults = place.show(self._account(), self._metrics, self._faults)
+            self._faults = show_account(self._account(), self._metrics, self._faults)
             self._updates.show()
         return count
 

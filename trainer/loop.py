@@ -52,8 +52,8 @@ from state.process.environment import Holes, actor, freeze_objects, wall_ms
 from state.process.log_lines import SaidOnce
 from state.process.part import Work, own_stderr, quiet_stderr, quiet_tensorflow, run_process, stop_on_signals
 from state.registry import control as transitions
-from state.registry.claim import LEASE_S, claiming
 from state.registry.control import Control, start
+from state.registry.directory import LEASE_S, claiming
 from state.registry.model_fit import require_same_model, version_to_go_on_from
 from state.registry.registry import Registry
 from state.registry.sharing import owning
@@ -61,7 +61,7 @@ from state.storage import REGISTRY, Room, is_full, offer
 from trainer import device
 from trainer.checks import is_own
 from trainer.gauges import Taken, TrainingLag
-from trainer.place import newest_before
+from trainer.intake import newest_before
 from trainer.worker import begin, restore_handlers, waiting, workers_of
 
 if TYPE_CHECKING:

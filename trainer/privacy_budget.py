@@ -27,8 +27,7 @@ from state.registry.control import Control
 from state.registry.directory import Directory
 from state.registry.privacy_ledger import PrivacyLedger, PrivacyPeriod
 from trainer.engine.step import Trainer
-from trainer.intake import Intake
-from trainer.place import TrainingPlace
+from trainer.intake import Intake, TrainingPlace
 from trainer.privacy import NoisePlace, environment_digest, own_key
 
 ROUNDING = 1e-6

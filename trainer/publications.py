@@ -20,10 +20,10 @@ from state.registry.registry import MOST_BETWEEN
 from trainer import gauges
 from trainer.engine.step import Trainer
 from trainer.holding import UpdateGuard
+from trainer.intake import TrainingPlace
 from trainer.measures import slices as sliced
 from trainer.measures.slices import SliceMeasures
 from trainer.model.model import F32, Model
-from trainer.place import TrainingPlace
 from trainer.versions import checkpoint
 from trainer.versions.content import Array
 from trainer.versions.publisher import Publisher, Saving

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
+from deploy.serving.following.clicks import KINDS
 from deploy.serving.following.parity import WHOLE_EXTRA
-from deploy.serving.following.remembered import KINDS
 from deploy.serving.host_files import CLOCK_EXTRA, SEEN
 from deploy.serving.host_files import EXTRAS as FEED_EXTRAS
 from state.history.appends import Appends

@@ -38,7 +38,7 @@ from state.process import killpoints
 from state.process.environment import actor
 from state.registry.control import Control
 from state.registry.control import erase as erase_users
-from state.registry.erasing import ErasureReport, all_reports
+from state.registry.hosts import ErasureReport, all_erasure_reports
 from state.registry.manifest import Manifest
 from state.registry.registry import Registry
 from state.segments.members import member_of
@@ -158,7 +158,7 @@ def holdings(settings: Settings, registry: Registry, control: Control, now_ms: i
     """Returns all that still holds data, as far as can be seen from here."""
     if not control.erased:
         return []
-    reports = {report.part: report for report in all_reports(registry)}
+    reports = {report.part: report for report in all_erasure_reports(registry)}
     remaining = _of_versions(settings, registry, control, reports.pop(COMPACTOR, None))
     remaining += of_processes(list(reports.values()), _expected(settings), control.erased.last)
     remaining += of_experiments(settings, control)
@@ -201,7 +201,7 @@ def of_experiments(settings: Settings, control: Control) -> list[Holding]:
         registry = Registry(experiments.registry(name))
         control_of_experiment = registry.control()
         if control_of_experiment is not None:
-            compactor = {report.part: report for report in all_reports(registry)}.get(COMPACTOR)
+            compactor = {report.part: report for report in all_erasure_reports(registry)}.get(COMPACTOR)
             own_remaining = _of_versions(
                 settings, registry, changed(control_of_experiment, erased=control.erased), compactor
             )

@@ -30,9 +30,9 @@ from state.statistics.baselines import (
     KeptWindow,
     KeptWindows,
     accepted,
-    as_text,
     infer_schema,
-    of_text,
+    schema_of,
+    schema_text,
 )
 from state.statistics.collecting import by_name, common, frequencies
 
@@ -139,7 +139,7 @@ def show(settings: Settings, args: argparse.Namespace, say: Say) -> None:
     """
     bootstrapped, baseline = _baseline(settings)
     if args.pbtxt:
-        say(as_text(baseline.schema).rstrip())
+        say(schema_text(baseline.schema).rstrip())
         return
     statistics = by_name(baseline.statistics)
     if args.output == "json":
@@ -257,7 +257,7 @@ def accept_window(
 
 def _read(path: Path) -> Schema:
     try:
-        return of_text(path.read_text())
+        return schema_of(path.read_text())
     except (OSError, ValueError) as error:
         raise SettingsError(
             f"--schema {path}: {error}", "begin with the text that `springtide schema show --pbtxt` prints"

@@ -57,7 +57,7 @@ from state.process import killpoints
 from state.process.environment import freeze_objects, run_in_background, wall_ms
 from state.process.log_lines import SaidOnce
 from state.process.part import run_part, stop_on_signals
-from state.registry.erasing import ErasureReport, report
+from state.registry.hosts import ErasureReport, write_erasure_report
 from state.segments.expression import segments_of
 from state.segments.members import (
     Member,
@@ -429,7 +429,9 @@ class SegmentKeeper:
         self._members.compact()
         last, now_ms = self._erased, self._now_ms()
         part = name_of(self._path, "segments")
-        report(self._settings.registry_dir, ErasureReport(part, HOST, str(self._path), last, last, 0, now_ms))
+        write_erasure_report(
+            self._settings.registry_dir, ErasureReport(part, HOST, str(self._path), last, last, 0, now_ms)
+        )
         self._reported = last
         _log.info("erasure %d: users have left all segments", last)
 

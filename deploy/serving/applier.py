@@ -24,8 +24,7 @@ from deploy.serving.following.snapshots import SnapshotTaker, load_if_behind
 from deploy.serving.following.versions import VersionFollower
 from deploy.serving.host_files import Currency, make_room, name_of, settled
 from state.attributes.follower import AttributeFollower, keep_following
-from state.attributes.store import AttributeStore
-from state.attributes.values import tables_of
+from state.attributes.values import AttributeStore, tables_of
 from state.config.settings import Settings
 from state.disk import documents
 from state.disk import memory_place as place
@@ -50,7 +49,7 @@ from state.process.log_lines import SaidOnce
 from state.process.part import run_part, stop_on_signals
 from state.registry.control import Control
 from state.registry.controls import ControlPoll
-from state.registry.erasing import ErasureReport, report
+from state.registry.hosts import ErasureReport, write_erasure_report
 from state.registry.log_line import WHOLE, LogLine
 from state.registry.sharing import copying, reached_ms
 from state.registry.specs import SpecActions
@@ -113,7 +112,7 @@ class HostErasures:
         name, pages = name_of(self._folder), min(forgotten.pages, through)
         progress = ErasureReport(name, HOST, str(self._folder), through, pages, 0, self._now_ms())
         try:
-            report(self._registry, progress)
+            write_erasure_report(self._registry, progress)
         except OSError as error:
             self._warn_once(f"the progress of erasures cannot be reported in {self._registry}: {error}")
             return

@@ -57,9 +57,8 @@ from deploy.serving.requests.http import (
     header,
 )
 from deploy.serving.requests.openapi import document_endpoints
-from deploy.serving.requests.routing import Router
+from deploy.serving.requests.routing import Router, Split
 from deploy.serving.requests.server import ConnectionLimits, DrainingServer, listen
-from deploy.serving.requests.split import Split
 from deploy.serving.requests.tensorflow_serving import model_endpoints, model_services
 from deploy.serving.requests.worker_metrics import RequestCounts, of_all_workers
 from deploy.supervisor import Backoff, how

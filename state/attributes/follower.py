@@ -8,8 +8,15 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from state.attributes.store import OUTCOMES, AttributeStore, TopicPosition, pack
-from state.attributes.values import TEXT_CHARACTERS, AttributeTable, id_of
+from state.attributes.values import (
+    OUTCOMES,
+    TEXT_CHARACTERS,
+    AttributeStore,
+    AttributeTable,
+    TopicPosition,
+    id_of,
+    pack,
+)
 from state.config.sections import Kafka
 from state.errors import DecodeError, LogError, StoreFull
 from state.events.decoding import DeadLetter, Reason

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from state.config.sections import Kafka
-from state.log.client import client_options
+from state.log.client import Topics, client_options
 from state.log.reader import KERNELS, Reader
 from state.log.records import PartitionBatch, TopicInfo
-from state.log.topics import Topics
 from state.log.writer import Writer, partition_of
 
 

@@ -18,9 +18,8 @@ from state.compiled import compiled, inlined
 from state.config.sections import Kafka
 from state.errors import UnknownTopic
 from state.log.batch_decoder import CRC_FROM, HEADER, LENGTH_ENDS, MAGIC, NO_PRODUCER, BatchHeader
-from state.log.client import connect, translated
+from state.log.client import RETRY_S, Topics, connect, translated
 from state.log.records import I64
-from state.log.topics import RETRY_S, Topics
 
 RETRIES = 40
 

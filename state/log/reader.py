@@ -15,9 +15,8 @@ from kafka.structs import OffsetAndMetadata, TopicPartition
 
 from state.config.sections import Kafka
 from state.errors import TruncatedLog, UnreachableBroker
-from state.log.client import connect, made_again, require_kept, translated, truncated, unknown_partition
+from state.log.client import Topics, connect, made_again, require_kept, translated, truncated, unknown_partition
 from state.log.records import Chunk, PartitionBatch, as_batch, epoch_before, noted, take
-from state.log.topics import Topics
 
 KERNELS = "state.log.batch_decoder"
 """The module with the kernels of a reader; imported late, because it loads the compiler."""

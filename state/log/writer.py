@@ -13,9 +13,8 @@ from kafka.partitioner.default import murmur2
 
 from state.config.sections import Kafka
 from state.errors import LogError, UnreachableBroker
-from state.log.client import connect, translated
+from state.log.client import Topics, connect, translated
 from state.log.records import Headers
-from state.log.topics import Topics
 
 MAX_RECORD_BYTES = 16 * 1024 * 1024
 # With the default of 100 ms, each transaction would take 100 ms longer, because the

@@ -1,4 +1,7 @@
-"""The routing table of serving: which hosts hold which shares of users, from entries that hosts renew in the registry."""
+"""What each host reports to the registry: the shares of users that it holds, and how far it has applied erasures.
+
+The routing table of serving: which hosts hold which shares of users, from entries that hosts renew in the registry.
+"""
 
 from __future__ import annotations
 
@@ -116,3 +119,52 @@ def all_entries(registry: Registry) -> list[HostEntry]:
 def _by_name(entries: Iterable[HostEntry]) -> list[HostEntry]:
     by_name = {entry.name: entry for entry in entries}
     return [by_name[name] for name in sorted(by_name)]
+
+
+class ErasureReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How far one process has applied erasures to its own copies of user data.
+
+    Attributes:
+        part: Name of the process, such as `stream-0`; also the name of its file.
+        through: The last erasure whose users' records are deleted there.
+        pages: Likewise, including free pages of the store's file, which hold old bytes until the file is rewritten.
+        version: For the compactor: versions up to this one were checked.
+        at_ms: Wall clock time of the report.
+    """
+
+    part: str
+    host: str
+    path: str
+    through: int
+    pages: int
+    version: int = 0
+    at_ms: int = 0
+
+
+def write_erasure_report(registry: Path, progress: ErasureReport) -> None:
+    """Replaces the report of a process; durable when this returns.
+
+    Raises:
+        OSError: The registry cannot be written.
+    """
+    path = registry / layout.ERASURES / f"{progress.part}.json"
+    path.parent.mkdir(exist_ok=True)
+    durable.replace(path, msgspec.json.encode(progress), durable.unique(path))
+
+
+def erasure_reports(registry: Path) -> list[ErasureReport]:
+    """The reports of all processes of this host, sorted by name; unreadable ones are skipped."""
+    return _by_part(own_documents(registry / layout.ERASURES, ErasureReport).values())
+
+
+def all_erasure_reports(registry: Registry) -> list[ErasureReport]:
+    """The reports of the processes of all hosts, by name.
+
+    Raises:
+        UnusableRegistry: The object store of the shared registry cannot be reached.
+    """
+    return _by_part(all_documents(registry.directory, layout.ERASURES, ErasureReport))
+
+
+def _by_part(reports: Iterable[ErasureReport]) -> list[ErasureReport]:
+    return sorted(reports, key=lambda report: report.part)

@@ -34,7 +34,7 @@ from state.registry.manifest import Draft, Kind, Manifest, sees
 from state.registry.specs import Specs
 
 if TYPE_CHECKING:
-    from state.registry.claim import Claim
+    from state.registry.directory import Claim
 
 MANIFEST = "manifest.json"
 SERVING = "serving.safetensors"

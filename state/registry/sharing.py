@@ -38,8 +38,7 @@ from state.process import killpoints
 from state.process.environment import wall_ms
 from state.process.log_lines import SaidOnce
 from state.registry import sync
-from state.registry.claim import RENEW_S, Claim, Silence, StandbyFile
-from state.registry.directory import BINDING, Binding, bound, file_bytes, sharing
+from state.registry.directory import BINDING, RENEW_S, Binding, Claim, Silence, StandbyFile, bound, file_bytes, sharing
 from state.registry.registry import DURABLE, MOST_BETWEEN, Registry
 from state.registry.sync import Copier, DurableSender, RecentSender
 

@@ -39,9 +39,8 @@ from state.file_store import FileStore
 from state.process import killpoints
 from state.process.environment import wall_ms
 from state.registry import manifest
-from state.registry.claim import LEASE_S, Silence
 from state.registry.controls import Controls
-from state.registry.directory import file_bytes, sharing, stored_documents, usable
+from state.registry.directory import LEASE_S, Silence, file_bytes, sharing, stored_documents, usable
 from state.registry.hosts import GONE_S, RENEW_S, HostEntry
 from state.registry.registry import DURABLE, MANIFEST, RECENT_S, Registry
 

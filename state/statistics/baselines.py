@@ -80,12 +80,12 @@ def bounds(name: str) -> tuple[int, int]:
     return 0, _BOUNDS.get(words[-1], LARGEST)
 
 
-def as_text(schema: Schema) -> str:
+def schema_text(schema: Schema) -> str:
     """Formats the schema as the text of `schema.pbtxt`."""
     return str(text_format.MessageToString(schema))
 
 
-def of_text(text: str) -> Schema:
+def schema_of(text: str) -> Schema:
     """Parses the text of a `schema.pbtxt`; ValueError if the text is not a schema."""
     try:
         return text_format.Parse(text, Schema())
@@ -153,7 +153,7 @@ def accepted(control: Control, baseline: AcceptedBaseline) -> Control:
 def baseline_files(schema: Schema, statistics: DatasetFeatureStatistics) -> dict[str, bytes]:
     """The files of a baseline by name."""
     return {
-        SCHEMA: as_text(schema).encode(),
+        SCHEMA: schema_text(schema).encode(),
         STATISTICS: as_list(statistics).SerializeToString(deterministic=True),
     }
 
@@ -189,7 +189,7 @@ class Baselines:
             number, str(document.get("actor", "")), str(document.get("reason", "")), int(document["created_at_ms"])
         )
         try:
-            return Baseline(accepted, of_text(data[SCHEMA].decode()), of_bytes(data[STATISTICS]))
+            return Baseline(accepted, schema_of(data[SCHEMA].decode()), of_bytes(data[STATISTICS]))
         except ValueError as error:
             raise CorruptVersion(f"{folder} is damaged: {error}", f"move it away: {_INSTEAD}") from error
 

@@ -39,7 +39,7 @@ from state.history.chunks import Counts, advanced_counts, summed_counts
 from state.log import Writer
 from state.positions import Range, Source
 from state.process.environment import wall_ms
-from state.registry.erasing import ErasureReport
+from state.registry.hosts import ErasureReport
 from streaming.accounts import show_faults, show_totals
 from streaming.commit import CommitReport, truncated_columns
 from streaming.control import report_erasures

@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 import state
-from state.attributes.store import AttributeStore, TopicPosition, ids_in, pack
+from state.attributes.values import AttributeStore, TopicPosition, ids_in, pack
 from state.disk.lmdb_store import LmdbStore
 from state.features.spec import EVENT
 from state.history.appends import Appends

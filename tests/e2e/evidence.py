@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from state import probe
-from state.attributes.store import AttributeStore, ids_in
-from state.attributes.values import AttributeTable
+from state.attributes.values import AttributeStore, AttributeTable, ids_in
 from state.config.sections import Kafka
 from state.config.settings import Settings
 from state.events.identity import Salt, public_id, user_id

@@ -26,7 +26,7 @@ from tests import rules, runbook
 from tests.laws.test_commands_documented import check
 from tests.promql import selectors
 from tests.rules import ALERTS
-from trainer.place import Passages
+from trainer.intake import Passages
 
 ROOT = Path(__file__).parents[2]
 STREAM = "springtide stream (or up)"

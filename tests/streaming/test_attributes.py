@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from state.attributes.store import AttributeStore, TopicPosition, pack
-from state.attributes.values import AttributeTable
+from state.attributes.values import AttributeStore, AttributeTable, TopicPosition, pack
 from state.config.sections import Attributes, Kafka
 from state.config.settings import Settings
 from state.config.sources import fields_of

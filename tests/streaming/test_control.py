@@ -16,7 +16,7 @@ from state.history.rewinding import branch_of
 from state.layout import CONTROL, HISTORIES
 from state.registry.control import follow, pin, roll_back, start
 from state.registry.controls import Controls
-from state.registry.erasing import reports
+from state.registry.hosts import erasure_reports
 from state.registry.log_line import WHOLE, turned
 from streaming.control import POLL_S, ControlWatch, apply_erasures, compaction_is_due
 from tests.kills import killed_at
@@ -90,20 +90,20 @@ def test_a_shard_forgets_and_tells_and_writes_its_store_anew_at_most_each_ten_mi
     store = filled(tmp_path / "stream-0" / HISTORIES)
     registry = tmp_path / "registry"
     registry.mkdir()
-    assert apply_erasures(store, registry, Erased.NOBODY, PAGES_MS) is None and reports(registry) == []
+    assert apply_erasures(store, registry, Erased.NOBODY, PAGES_MS) is None and erasure_reports(registry) == []
     assert compaction_is_due(store, erased(USER), PAGES_MS)
     assert apply_erasures(store, registry, erased(USER), PAGES_MS) is None
-    (told,) = reports(registry)
+    (told,) = erasure_reports(registry)
     assert (told.part, told.path, told.through, told.pages) == ("stream-0", str(tmp_path / "stream-0"), 1, 1)
     assert (len(store.read(USER)), store.waiting_rows()) == (0, 1)
     # Another one a second later: gone at once, from free pages when the ten minutes are over.
     both, later_ms = erased(USER, OTHER), PAGES_MS + 1000
     assert not compaction_is_due(store, both, later_ms)
     assert apply_erasures(store, registry, both, later_ms) == (PAGES_MS - 1000) / 1000
-    (told,) = reports(registry)
+    (told,) = erasure_reports(registry)
     assert (told.through, told.pages, store.users()) == (2, 1, 0)
     assert apply_erasures(store, registry, both, 2 * PAGES_MS) is None
-    assert reports(registry)[0].pages == 2
+    assert erasure_reports(registry)[0].pages == 2
     store.close()
 
 
@@ -115,9 +115,9 @@ def test_a_shard_that_dies_having_forgotten_tells_it_at_its_next_start(
     registry.mkdir()
     with killed_at("stream.forgotten"):
         apply_erasures(store, registry, erased(USER), PAGES_MS)
-    assert (len(store.read(USER)), reports(registry)) == (0, [])
+    assert (len(store.read(USER)), erasure_reports(registry)) == (0, [])
     assert apply_erasures(store, registry, erased(USER), PAGES_MS) is None
-    (told,) = reports(registry)
+    (told,) = erasure_reports(registry)
     assert (told.through, told.pages, len(store.read(USER))) == (1, 1, 0)
     store.close()
 

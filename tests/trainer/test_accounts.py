@@ -24,9 +24,9 @@ from tests.memory_log import MemoryLog, MemoryReader
 from tests.trainer.clicks import TOPIC, microbatch
 from tests.trainer.logs import LOG, TOPIC_ID, account_in, append, bits_of, kill, learner, run_to_end, started, written
 from tests.trainer.test_verify import asked, started_with_spec
-from trainer import place
+from trainer import intake
+from trainer.intake import Passages
 from trainer.learner import Learner
-from trainer.place import Passages
 
 RECORDS = [microbatch(number) for number in range(12)]
 LOG_SOURCE = Source(TOPIC_ID, 0)
@@ -47,7 +47,7 @@ def made_by_stream(records: Sequence[bytes]) -> StreamAccount:
 
 def account_of(running: Learner) -> TrainerAccount:
     counted = account_in(running)
-    return TrainerAccount(**{name: counted.get(name, 0) for name in place.NAMES})
+    return TrainerAccount(**{name: counted.get(name, 0) for name in intake.NAMES})
 
 
 def test_a_restart_keeps_the_account_and_it_balances_with_the_streams(tmp_path: Path) -> None:
@@ -71,13 +71,13 @@ def test_a_restart_keeps_the_account_and_it_balances_with_the_streams(tmp_path: 
 def test_a_counter_that_misses_a_row_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     registry = CollectorRegistry()
     metrics = TrainerMetrics(registry)
-    account = dict.fromkeys(place.NAMES, 0) | {"rows": 9, "trained": 8}
-    known = place.show(account, metrics)
+    account = dict.fromkeys(intake.NAMES, 0) | {"rows": 9, "trained": 8}
+    known = intake.show_account(account, metrics)
     assert known
-    assert place.show(account, metrics, known) == known
+    assert intake.show_account(account, metrics, known) == known
     assert caplog.text.count("does not balance") == 1
     assert registry.get_sample_value("springtide_accounting_trainer_faults") == 1
-    assert place.show(account | {"masked": 1}, metrics, known) == ()
+    assert intake.show_account(account | {"masked": 1}, metrics, known) == ()
     assert registry.get_sample_value("springtide_accounting_rows", {"outcome": "masked"}) == 1
 
 
@@ -225,7 +225,7 @@ def digest_of(path: Path, records: Sequence[bytes]) -> str:
 
 def left_out(running: Learner) -> tuple[float, float]:
     counted = account_in(running)
-    assert check_accounts(trainer=TrainerAccount(**{name: counted.get(name, 0) for name in place.NAMES})) == ()
+    assert check_accounts(trainer=TrainerAccount(**{name: counted.get(name, 0) for name in intake.NAMES})) == ()
     return counted.get("left_out", 0), running._metrics.records_left_out._value.get()
 
 

@@ -25,8 +25,7 @@ from springtide_client.answers import (
     SegmentSizes,
     UserSegment,
 )
-from state.attributes.store import AttributeStore
-from state.attributes.values import tables_of
+from state.attributes.values import AttributeStore, tables_of
 from state.config.settings import Settings
 from state.errors import BadRequest, NotHeld, NotReady, SpringtideError, StoreError
 from state.events.identity import Salt, user_id

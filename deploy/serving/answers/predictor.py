@@ -15,8 +15,7 @@ from deploy.serving.answers.query import NOBODY, Query, iso, probability
 from deploy.serving.answers.version import Catalogue, LoadedVersion, ShownName, VersionLoader, VersionRows
 from deploy.serving.host_files import CLOCK_EXTRA, CONTROL_NOTE, MASK_NOTE, EventClock
 from springtide_client.answers import Clock, Engagement, Interest, Profile, Version
-from state.attributes.store import AttributeStore, ids_in, texts_in
-from state.attributes.values import SIDES, AttributeTable, tables_of
+from state.attributes.values import SIDES, AttributeStore, AttributeTable, ids_in, tables_of, texts_in
 from state.churn import ChurnWeights
 from state.compiled import compiled
 from state.config.settings import Settings

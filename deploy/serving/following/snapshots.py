@@ -11,9 +11,8 @@ from contextlib import suppress
 
 import numpy as np
 
-from deploy.serving.following.clicks import SALT_EXTRA, position_of
+from deploy.serving.following.clicks import SALT_EXTRA, is_remembered, position_of
 from deploy.serving.following.parity import WHOLE_EXTRA
-from deploy.serving.following.remembered import is_remembered
 from deploy.serving.host_files import CAUGHT_UP_EXTRA, name_of
 from state.config.settings import Settings
 from state.errors import CorruptStore, StoreFull, UnusablePlace

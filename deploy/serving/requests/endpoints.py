@@ -22,7 +22,6 @@ from deploy.serving.answers.explaining import explain
 from deploy.serving.answers.host import Answers, Host
 from deploy.serving.answers.items import rank, recommend, similar
 from deploy.serving.requests.access import OPEN, OPERATE
-from deploy.serving.requests.forwarding import whole
 from deploy.serving.requests.grpc_server import Method, Service, message
 from deploy.serving.requests.http import (
     ASKED,
@@ -49,7 +48,7 @@ from deploy.serving.requests.parameters import (
     RecommendationParameters,
     UsersQuestion,
 )
-from deploy.serving.requests.routing import Router
+from deploy.serving.requests.routing import Router, whole
 from deploy.serving.requests.worker_metrics import rendered
 from springtide_client import answers as responses
 from state.disk import documents

@@ -14,8 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from deploy import status
 from deploy.console import server as pages
-from deploy.console.server import STATIC
-from deploy.console.watching import CURVES, LIFT, MOST_PROBLEMS, QUANTILES, Curves, PastProblems
+from deploy.console.server import CURVES, LIFT, MOST_PROBLEMS, QUANTILES, STATIC, Curves, PastProblems
 from deploy.serving.requests.access import OPEN
 from deploy.watch.figures import Figures
 from deploy.watch.snapshot import Problem

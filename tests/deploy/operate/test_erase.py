@@ -18,7 +18,7 @@ from state.errors import SaltMismatch, SettingsError, UnknownTopic
 from state.events.identity import load_salt, user_id
 from state.features.erased import EVERYTHING
 from state.positions import Source
-from state.registry.erasing import ErasureReport, report
+from state.registry.hosts import ErasureReport, write_erasure_report
 from tests.deploy.operating import NOW_MS, RECORDS, ROWS, TOPIC, Operator, draft
 from tests.kills import killed_at
 from tests.memory_log import MemoryLog
@@ -158,16 +158,16 @@ def test_status_shows_what_still_holds_something_until_nothing_does(
     # Each tells that it is done.
     registry = erasing.registry
     told = ErasureReport("stream-0", "h", str(tmp_path / "stream-0"), through=1, pages=0, at_ms=NOW_MS)
-    report(registry.path, told)
-    report(registry.path, ErasureReport("serving-h", "h", "/srv", through=0, pages=0, at_ms=NOW_MS))
+    write_erasure_report(registry.path, told)
+    write_erasure_report(registry.path, ErasureReport("serving-h", "h", "/srv", through=0, pages=0, at_ms=NOW_MS))
     salt = load_salt(tmp_path / "salt").fingerprint
     registry.publish(replace(draft(7, 6), salt=salt, erased=1, erasures=((1, 60),)), {})
     found = holding(erasing)
     assert "the trainer" not in found
     assert found["stream-0 on h"].startswith("2027-01-15T08:10:00Z") and "/srv" in found["serving-h on h"]
-    report(registry.path, changed(told, pages=1))
-    report(registry.path, ErasureReport("serving-h", "h", "/srv", through=1, pages=1, at_ms=NOW_MS))
-    report(registry.path, ErasureReport("compactor", "h", "r", through=1, pages=1, version=7))
+    write_erasure_report(registry.path, changed(told, pages=1))
+    write_erasure_report(registry.path, ErasureReport("serving-h", "h", "/srv", through=1, pages=1, at_ms=NOW_MS))
+    write_erasure_report(registry.path, ErasureReport("compactor", "h", "r", through=1, pages=1, version=7))
     assert set(holding(erasing)) == {f"topic {kafka.clicks_topic}", f"topic {kafka.microbatches_topic}"}
     topics = log.topics()
     for name in (kafka.clicks_topic, kafka.microbatches_topic):

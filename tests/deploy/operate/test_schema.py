@@ -15,7 +15,7 @@ from state.errors import RegistryError, SettingsError
 from state.metrics import ValidationMetrics
 from state.process.environment import actor
 from state.registry.registry import Registry
-from state.statistics.baselines import of_text
+from state.statistics.baselines import schema_of
 from tests.deploy.validation.live import MINUTE_MS, START_MS, bootstrapped, minutes, settings_at, written
 from tests.memory_log import MemoryLog
 
@@ -58,7 +58,7 @@ def test_the_baseline_is_shown_with_what_it_allows(operator: SchemaOperator) -> 
     document = json.loads(operator("show", "-o", "json"))
     by_name = {one["name"]: one for one in document["features"]}
     assert by_name["category"]["domain"] == 20 and by_name["user"]["distinct"] == 50
-    schema = of_text(operator("show", "--pbtxt"))
+    schema = schema_of(operator("show", "--pbtxt"))
     assert {feature.name for feature in schema.feature} == {*by_name}
 
 

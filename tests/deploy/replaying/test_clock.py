@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deploy.replaying.clock import MAX, NO_TIMESTAMP, Clock, Hand, parse_speed, stamp
+from deploy.replaying.recording import MAX, NO_TIMESTAMP, Clock, Hand, parse_speed, stamp
 from state.errors import SettingsError
 from state.recordings.rows import NO_TIME
 

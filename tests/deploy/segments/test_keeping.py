@@ -14,7 +14,7 @@ from state.features.erased import Erased, MaskedUsers
 from state.features.mask import Mask
 from state.layout import LOOKALIKES
 from state.log import Log
-from state.registry.erasing import reports
+from state.registry.hosts import erasure_reports
 from state.segments import members
 from state.segments.members import Membership, key_of, membership_of
 from tests.deploy.segments.conftest import CLICKS, KeptHost, of
@@ -118,11 +118,11 @@ def test_an_erased_user_leaves_at_once_with_a_tombstone_and_nothing_of_it_stays_
     gone = Erased.NOBODY.and_also(MaskedUsers.of([of("ann")]), until, 2, 1)
     host.settings.registry_dir.mkdir(exist_ok=True)
     host.control(2, Mask(2, erased=gone))
-    host.until(lambda: reports(host.settings.registry_dir), 2)
+    host.until(lambda: erasure_reports(host.settings.registry_dir), 2)
     assert host.members() == {"all": {"bob"}}
     assert host.topic()[key_of(("all", of("ann")))][-1] is None
     assert form not in (folder / "data.mdb").read_bytes()
-    (told,) = reports(host.settings.registry_dir)
+    (told,) = erasure_reports(host.settings.registry_dir)
     assert (told.through, told.pages, told.path) == (1, 1, str(folder))
     # Clicks of before the erasure bring nobody back.
     host.click(("ann", "hats"), ("bob", "hats"))

@@ -11,7 +11,7 @@ import numpy as np
 
 from deploy.serving.answers.predictor import Predictor
 from deploy.serving.answers.predictor import Stores as HostStores
-from state.attributes.store import AttributeStore
+from state.attributes.values import AttributeStore
 from state.config.settings import Settings
 from state.events.identity import Salt, public_id, user_id
 from state.features.spec import EVENT, FeatureSpec, Mask

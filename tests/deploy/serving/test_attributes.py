@@ -16,8 +16,7 @@ from prometheus_client import CollectorRegistry
 from deploy.serving.answers.host import Host
 from deploy.serving.answers.predictor import KnownAttributes
 from deploy.serving.applier import AttributesFollower
-from state.attributes.store import AttributeStore, TopicPosition, pack
-from state.attributes.values import AttributeTable, tables_of
+from state.attributes.values import AttributeStore, AttributeTable, TopicPosition, pack, tables_of
 from state.config.sections import Attributes
 from state.config.settings import Settings
 from state.errors import MissingSalt, NotReady

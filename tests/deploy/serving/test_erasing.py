@@ -15,7 +15,7 @@ from state.features.spec import FeatureSpec
 from state.layout import ROWS
 from state.ranking.crosses import Crosses
 from state.registry.control import erase, follow, pin
-from state.registry.erasing import reports
+from state.registry.hosts import erasure_reports
 from state.registry.manifest import Draft, LogRange
 from state.registry.registry import SERVING, Registry
 from tests.deploy.serving.stocked import NOW_MS
@@ -153,12 +153,12 @@ def test_histories_forget_and_never_take_the_clicks_again(tmp_path: Path, dies: 
     if dies:
         with killed_at("follow.forgotten"):
             told().apply(erased)
-        assert reports(tmp_path / "registry") == []
+        assert erasure_reports(tmp_path / "registry") == []
     for _ in range(2):
         host.follower._erased = erased
         told().apply(erased)
         assert (len(host.store.read(1)), host.store.read(2).tobytes()) == (0, before)
-    (said,) = reports(tmp_path / "registry")
+    (said,) = erasure_reports(tmp_path / "registry")
     assert (said.through, said.pages, said.path) == (1, 1, str(tmp_path))
     # What was written before the erasure and comes after it, and what the user clicks then.
     append(host.log, record(30, 60), record(60, 72))

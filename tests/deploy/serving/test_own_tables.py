@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from deploy.serving.answers.predictor import Predictor
-from state.attributes.store import AttributeStore, TopicPosition, pack
-from state.attributes.values import tables_of
+from state.attributes.values import AttributeStore, TopicPosition, pack, tables_of
 from state.config.sections import Attributes
 from state.config.settings import Settings
 from state.events.identity import context_id, public_id, user_id

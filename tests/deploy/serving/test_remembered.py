@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from deploy.serving.answers.version import Catalogue
-from deploy.serving.following import remembered
-from deploy.serving.following.remembered import Remembered
+from deploy.serving.following.clicks import Remembered
 from deploy.serving.host_files import DAY_MS, SEEN, item_extra, name_extra
 from state.features.spec import EVENT, Events
 from state.history.appends import Appends
@@ -92,7 +91,7 @@ def test_an_id_that_is_both_an_item_and_a_category_is_named_as_both(store: Histo
 
 
 def test_too_many_are_those_named_longest_ago(store: HistoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remembered, "AT_ONCE", 7)
+    monkeypatch.setattr("deploy.serving.following.clicks.AT_ONCE", 7)
     kept = Remembered(store, keep_days=10_000, most=50)
     for day in range(100, 110):
         # The first item of each day is named each day.

@@ -13,8 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from state.attributes.follower import AttributeFollower, follow
-from state.attributes.store import AttributeStore, TopicPosition, ids_in, pack, texts_in
-from state.attributes.values import AttributeTable, band
+from state.attributes.values import AttributeStore, AttributeTable, TopicPosition, band, ids_in, pack, texts_in
 from state.config.loading import load
 from state.config.sections import Kafka
 from state.config.sources import LOG_EDGES, field_of, fields_of

@@ -23,7 +23,7 @@ from state.log.accepted_gaps import Accepted, Journal
 from state.positions import Gap, Source
 from state.process import killpoints
 from state.registry import control, privacy_ledger
-from state.registry.claim import LEASE_S, Claim, StandbyFile, standbys
+from state.registry.directory import LEASE_S, Claim, StandbyFile, standbys
 from state.registry.registry import Registry
 from tests import forked
 from tests.reading import eventually

@@ -16,10 +16,9 @@ from state.features.mask import Mask
 from state.file_store import FileStore, open_store
 from state.process.environment import wall_ms
 from state.registry import hosts
-from state.registry.claim import LEASE_S, Claim, Silence
 from state.registry.control import erase, follow, pin, start, take_over, train
-from state.registry.erasing import ErasureReport, all_reports, report
-from state.registry.hosts import GONE_S, HostEntry
+from state.registry.directory import LEASE_S, Claim, Silence
+from state.registry.hosts import GONE_S, ErasureReport, HostEntry, all_erasure_reports, write_erasure_report
 from state.registry.manifest import entries
 from state.registry.registry import MOST_BETWEEN, SERVING, TRAINING, Registry
 from state.registry.sharing import bind
@@ -348,12 +347,15 @@ def test_each_host_says_how_far_it_has_forgotten_and_all_of_them_are_told(
 ) -> None:
     other = CopyHost(tmp_path / "other", url, open_store(url))
     for name, one, through in (("a", host, 1), ("b", other, 0)):
-        report(one.registry.path, ErasureReport(f"serving-{name}", name, "/srv", through, 0))
+        write_erasure_report(one.registry.path, ErasureReport(f"serving-{name}", name, "/srv", through, 0))
         one.look()
-    assert [(one.part, one.through) for one in all_reports(origin.registry)] == [("serving-a", 1), ("serving-b", 0)]
-    report(other.registry.path, ErasureReport("serving-b", "b", "/srv", 1, 1))
+    assert [(one.part, one.through) for one in all_erasure_reports(origin.registry)] == [
+        ("serving-a", 1),
+        ("serving-b", 0),
+    ]
+    write_erasure_report(other.registry.path, ErasureReport("serving-b", "b", "/srv", 1, 1))
     other.look()
-    assert [one.through for one in all_reports(host.registry)] == [1, 1]
+    assert [one.through for one in all_erasure_reports(host.registry)] == [1, 1]
 
 
 def test_each_host_in_the_routing_table_knows_the_others_and_a_command_all_of_them(

@@ -17,7 +17,7 @@ from tensorflow_metadata.proto.v0.statistics_pb2 import DatasetFeatureStatistics
 
 from state.events.identity import public_id
 from state.statistics.anomalies import aligned, jensen_shannon, l_infinity, validate
-from state.statistics.baselines import as_text, infer_schema, of_text
+from state.statistics.baselines import infer_schema, schema_of, schema_text
 from state.statistics.collecting import by_name, dataset
 from tests.state.statistics.made_rows import ATTRIBUTES, CATEGORIES, columns, statistics
 
@@ -154,11 +154,11 @@ def test_every_distance_is_told_with_its_threshold() -> None:
 
 
 def test_a_schema_is_read_back_from_its_text_and_its_thresholds_count() -> None:
-    assert of_text(as_text(SCHEMA)) == SCHEMA
-    strict = of_text(as_text(SCHEMA).replace("threshold: 0.1", "threshold: 0.0"))
+    assert schema_of(schema_text(SCHEMA)) == SCHEMA
+    strict = schema_of(schema_text(SCHEMA).replace("threshold: 0.1", "threshold: 0.0"))
     assert "category" in found(validate(window(), strict, BASELINE))
     with pytest.raises(ValueError, match="no Schema of TensorFlow Metadata"):
-        of_text("feature {")
+        schema_of("feature {")
 
 
 def test_no_user_and_no_item_is_in_the_schema() -> None:

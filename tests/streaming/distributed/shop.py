@@ -12,8 +12,7 @@ import numpy as np
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
-from state.attributes.store import AttributeStore, TopicPosition, pack
-from state.attributes.values import AttributeTable, tables_of
+from state.attributes.values import AttributeStore, AttributeTable, TopicPosition, pack, tables_of
 from state.config.sections import Attributes, Events, Features, Kafka, LabelSettings, Paths, Stream
 from state.config.settings import Settings
 from state.events.identity import Salt, load_salt, public_id, user_id

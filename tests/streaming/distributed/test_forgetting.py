@@ -26,7 +26,7 @@ from state.process.environment import wall_ms
 from state.registry.control import erase as erasing
 from state.registry.control import start
 from state.registry.controls import Controls
-from state.registry.erasing import reports
+from state.registry.hosts import erasure_reports
 from state.registry.registry import Registry
 from streaming.distributed.account import PART, Account
 from streaming.distributed.bucket import Head, stored
@@ -202,13 +202,15 @@ def test_on_a_real_log_status_names_the_job_until_it_has_forgotten_and_the_user_
     asked = argparse.Namespace(status=False, user=f"user-{ERASED}", users=None, reason="asked", output="text")
     with job(plan):
         before = rows_of(values_in(shop, 600))
-        until(lambda: [one.part for one in reports(shop.registry_dir)] == [PART], "the job says that it is there")
-        (told,) = reports(shop.registry_dir)
+        until(
+            lambda: [one.part for one in erasure_reports(shop.registry_dir)] == [PART], "the job says that it is there"
+        )
+        (told,) = erasure_reports(shop.registry_dir)
         assert told.through == 0
         erase(shop, asked, wall_ms(), lambda line: None)
         # No click comes: all buckets are told all the same.
         until(lambda: not any(PART in one for one in held(shop)), "the job has forgotten")
-        (told,) = reports(shop.registry_dir)
+        (told,) = erasure_reports(shop.registry_dir)
         assert (told.through, told.pages) == (1, 1)
         send_clicks(shop, 600, 600 + more)
     close_workers()

@@ -14,7 +14,7 @@ from deploy.serving.answers.query import Cap, NamedItem, Query
 from deploy.serving.answers.queue import finished
 from deploy.serving.host_files import CONTROL_NOTE, MASK_NOTE
 from springtide_client.answers import LeftOutItem
-from state.attributes.store import AttributeStore
+from state.attributes.values import AttributeStore
 from state.events.identity import Salt, public_id, user_id
 from state.features.spec import EVENT, FeatureSpec, Mask
 from state.history.appends import Appends

@@ -11,7 +11,7 @@ from deploy.serving.answers.item_index import ItemSources
 from deploy.serving.answers.items import recommend, similar, visits_of
 from deploy.serving.answers.query import Query, WantedItems
 from deploy.serving.answers.queue import finished
-from deploy.serving.following.remembered import Remembered
+from deploy.serving.following.clicks import Remembered
 from state.config.settings import Settings
 from state.events.identity import public_id, user_id
 from state.features.spec import LABELLED, FeatureSpec, Mask

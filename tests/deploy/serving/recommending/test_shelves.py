@@ -11,7 +11,7 @@ import pytest
 from deploy.serving import host_files
 from deploy.serving.answers import item_index as module
 from deploy.serving.answers.item_index import ClickedItems
-from deploy.serving.following.remembered import Remembered
+from deploy.serving.following.clicks import Remembered
 from deploy.serving.host_files import ItemFeed
 from state.features.spec import EVENT, Events
 from state.history.appends import Appends
