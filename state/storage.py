@@ -16,7 +16,6 @@ An action that a full disk refuses is retried until there is space; the wait is 
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import math
@@ -24,7 +23,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
@@ -105,9 +104,9 @@ def used_bytes(folders: Iterable[Path]) -> int:
     total, to_visit = 0, [os.fspath(folder) for folder in folders]
     while to_visit:
         # Files that are removed meanwhile take no space.
-        with contextlib.suppress(OSError), os.scandir(to_visit.pop()) as entries:
+        with suppress(OSError), os.scandir(to_visit.pop()) as entries:
             for entry in entries:
-                with contextlib.suppress(OSError):
+                with suppress(OSError):
                     if entry.is_dir(follow_symlinks=False):
                         to_visit.append(entry.path)
                     else:

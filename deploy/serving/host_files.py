@@ -202,7 +202,7 @@ class VersionFiles:
         path = program_path(self._folder, digest)
         if path in self._fetched:
             return
-        if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+        if not path.exists() or durable.digest(path.read_bytes()) != digest:
             durable.replace(path, self._registry.specs.program(digest))
         self._fetched.add(path)
 
@@ -244,7 +244,7 @@ def read_program(folder: Path, digest: str) -> bytes:
         data = path.read_bytes()
     except FileNotFoundError:
         raise CorruptVersion(f"the program {path} is missing", "the applier copies it from the registry") from None
-    if hashlib.sha256(data).hexdigest() != digest:
+    if durable.digest(data) != digest:
         raise CorruptVersion(f"the program {path} fails its digest", "remove the file, and the applier copies it again")
     return data
 

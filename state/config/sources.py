@@ -10,7 +10,6 @@ An attribute is declared in `[attributes]` as NAME, NAME=FIELD, NAME:log or NAME
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import difflib
 import json
 import logging
@@ -18,7 +17,7 @@ import math
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -94,7 +93,7 @@ def listed(section: str, table: Mapping[str, Any], path: Path, lines: Mapping[st
     """
     if section not in NAMED:
         return table
-    settings = {declared.name for declared in dataclasses.fields(SECTIONS[section])}
+    settings = {declared.name for declared in fields(SECTIONS[section])}
     named = {key: value for key, value in table.items() if key not in settings}
     for key, value in named.items():
         if not isinstance(value, str):

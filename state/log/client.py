@@ -5,13 +5,12 @@ It administers topics: creates and describes them, finds their ends and the posi
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import selectors
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 from uuid import UUID
 
@@ -311,7 +310,7 @@ class Topics:
         }
 
         def create() -> None:
-            with contextlib.suppress(kafka_errors.TopicAlreadyExistsError):
+            with suppress(kafka_errors.TopicAlreadyExistsError):
                 self._admin.create_topics(wanted)
             self._admin.wait_for_topics([name], timeout_ms=self._timeout_ms)
 

@@ -22,10 +22,10 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -347,6 +347,38 @@ class Directory:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def add_folder(
+        self, folder: Path, document_name: str, document: Mapping[str, Any], fill: Callable[[Path], None]
+    ) -> bool:
+        """Adds a folder durably; False if another process was faster, whose folder is kept.
+
+        1. `fill` writes its files to a temporary folder.
+        2. The sealed document, of any JSON values, is written next to them, with their digests as `files`.
+        3. The folder gets its name.
+        """
+        with self.staged(f"{folder.parent.name}-{folder.name}") as temporary:
+            # 1.
+            fill(temporary)
+            files = {
+                str(path.relative_to(temporary)): durable.digest(path.read_bytes())
+                for path in sorted(temporary.rglob("*"))
+                if path.is_file()
+            }
+            # 2.
+            durable.write(temporary / document_name, documents.encode_sealed({**document, "files": files}))
+            durable.sync_tree(temporary)
+            killpoints.reach("folder.written")
+            # 3.
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                temporary.rename(folder)
+            except OSError:
+                if not (folder / document_name).exists():
+                    raise
+                return False
+            durable.sync_directory(folder.parent)
+        return True
 
     def create(self, path: Path, data: bytes) -> bool:
         """Creates a file durably; False if it exists."""

@@ -17,7 +17,6 @@ from state.disk import documents
 from state.disk import files as durable
 from state.errors import CorruptVersion, RegistryError, SpecMismatch
 from state.features.spec import FeatureSpec
-from state.process import killpoints
 from state.registry.directory import Directory, file_bytes, usable
 
 SPEC = "spec.json"
@@ -100,25 +99,8 @@ class Specs:
         Raises:
             UnusableRegistry: The disk refused.
         """
-        final = self._specs / digest
-        with usable(f"store feature spec {digest[:12]}"), self._directory.staged(f"spec-{digest}") as temporary:
-            fill(temporary)
-            files = {
-                str(path.relative_to(temporary)): durable.digest(path.read_bytes())
-                for path in sorted(temporary.rglob("*"))
-                if path.is_file()
-            }
-            durable.write(temporary / SPEC, documents.encode_sealed({**document, "files": files}))
-            durable.sync_tree(temporary)
-            killpoints.reach("spec.written")
-            try:
-                temporary.rename(final)
-            except OSError:
-                if not (final / SPEC).exists():
-                    raise
-                return False
-            durable.sync_directory(final.parent)
-        return True
+        with usable(f"store feature spec {digest[:12]}"):
+            return self._directory.add_folder(self._specs / digest, SPEC, document, fill)
 
     def spec(self, digest: str) -> dict[str, Any]:
         """The document that the bootstrap wrote for a feature spec.

@@ -9,9 +9,7 @@ the newest windows, and the log offset where the open window begins.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -200,34 +198,18 @@ class Baselines:
 
         It raises `ControlConflict` if another baseline was stored under this number meanwhile.
         """
-        files = baseline_files(schema, statistics)
-        document = {
-            "actor": accepted.actor,
-            "reason": accepted.reason,
-            "created_at_ms": accepted.at_ms,
-            "files": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
-        }
-        final = self._folder(spec, accepted.number)
-        temporary = self._directory.temporary(f"baseline-{spec}-{accepted.number}")
+        document = {"actor": accepted.actor, "reason": accepted.reason, "created_at_ms": accepted.at_ms}
+
+        def fill(folder: Path) -> None:
+            for name, data in baseline_files(schema, statistics).items():
+                durable.write(folder / name, data)
+
         with usable(f"take baseline {accepted.number}"):
-            final.parent.mkdir(parents=True, exist_ok=True)
-            temporary.mkdir()
-            try:
-                for name, data in files.items():
-                    durable.write(temporary / name, data)
-                durable.write(temporary / ABOUT, documents.encode_sealed(document))
-                durable.sync_directory(temporary)
-                temporary.rename(final)
-            except OSError:
-                if not (final / ABOUT).exists():
-                    raise
+            if not self._directory.add_folder(self._folder(spec, accepted.number), ABOUT, document, fill):
                 raise ControlConflict(
                     f"baseline {accepted.number} was just accepted by somebody else",
                     "look at `springtide schema show`, then repeat the command",
-                ) from None
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
-            durable.sync_directory(final.parent)
+                )
         return accepted
 
     def _folder(self, spec: str, number: int) -> Path:
@@ -246,7 +228,7 @@ class Baselines:
             data = file_bytes(path)
         except FileNotFoundError:
             data = b""
-        if hashlib.sha256(data).hexdigest() != expected:
+        if durable.digest(data) != expected:
             raise CorruptVersion(f"{path} is missing or fails its digest", f"move its directory away: {_INSTEAD}")
         return data
 

@@ -24,7 +24,6 @@ import ssl
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from ssl import SSLContext
 from typing import Any
 
 import httpx
@@ -69,7 +68,7 @@ class Forwarder:
     """
 
     def __init__(
-        self, timeout_s: float, verify: SSLContext | bool = True, transport: httpx.AsyncBaseTransport | None = None
+        self, timeout_s: float, verify: ssl.SSLContext | bool = True, transport: httpx.AsyncBaseTransport | None = None
     ) -> None:
         limits = httpx.Limits(max_keepalive_connections=MOST_IDLE)
         self._http = httpx.AsyncClient(
