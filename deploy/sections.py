@@ -25,7 +25,7 @@ from state.registry import hosts, privacy_ledger
 from state.registry.control import HeldUpdate
 from state.registry.directory import standbys, trainer_of
 from state.registry.privacy_ledger import PrivacyLedger
-from state.segments.expression import texts_of
+from state.segments import texts_of
 from state.storage import free_bytes, used_bytes
 from state.user_shares import UserShares
 

@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from state.process.commands import parser_of
         from state.process.part import Signals
         from state.process.private_files import keep_private
-        from state.segments.expression import segments_of
+        from state.segments import segments_of
 
         keep_private()
         args, flags = parser_of("up").parse_known_args(argv)

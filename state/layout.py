@@ -34,8 +34,8 @@
     │   ├── rows                 a link to the rows, in memory    state/disk/memory_place.py, state/rows/store.py
     │   ├── rows.disk/           the rows if memory has no space
     │   ├── histories attributes/   as for the stream
-    │   ├── segments/            members of segments              state/segments/members.py
-    │   ├── lookalikes/          the newest list for each segment state/segments/members.py
+    │   ├── segments/            members of segments              state/segments.py
+    │   ├── lookalikes/          the newest list for each segment state/segments.py
     │   ├── current.version, current.histories   times only       deploy/serving/host_files.py
     │   ├── exposures/           exposures that workers have not sent to Kafka yet   deploy/serving/host_files.py
     │   ├── counters/            counters of workers that share a port     deploy/serving/rest.py

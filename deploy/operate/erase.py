@@ -41,7 +41,7 @@ from state.registry.control import erase as erase_users
 from state.registry.hosts import ErasureReport, all_erasure_reports
 from state.registry.manifest import Manifest
 from state.registry.registry import Registry
-from state.segments.members import member_of
+from state.segments import member_of
 
 STALLED_S = 30.0
 

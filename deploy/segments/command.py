@@ -25,8 +25,7 @@ from state.disk import files as durable
 from state.errors import BadRequest, NotReady
 from state.process.commands import add_commands, parser_of
 from state.process.log_lines import ProgressLine, bar
-from state.segments.expression import segments_of
-from state.segments.members import SegmentStore, all_members
+from state.segments import SegmentStore, all_members, segments_of
 
 LINE_EVERY_S = 5.0
 Say = Callable[[str], None]

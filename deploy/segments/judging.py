@@ -16,8 +16,7 @@ from state.errors import SettingsError
 from state.events.identity import load_salt
 from state.layout import SEGMENTS
 from state.process.environment import wall_ms
-from state.segments.expression import ProfileFacts, Segment
-from state.segments.members import SegmentStore
+from state.segments import ProfileFacts, Segment, SegmentStore
 
 
 class JudgedUser(NamedTuple):

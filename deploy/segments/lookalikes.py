@@ -31,8 +31,7 @@ from state.layout import LOOKALIKES
 from state.process.environment import wall_ms
 from state.process.part import die_with, run_part
 from state.process.user_code import for_children
-from state.segments.expression import segments_of
-from state.segments.members import LookalikeList, NearUser, PrecisionAt, all_members, write_lookalikes
+from state.segments import LookalikeList, NearUser, PrecisionAt, all_members, segments_of, write_lookalikes
 
 EVERY_S = 3600.0
 """Between two lists of a segment."""

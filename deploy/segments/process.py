@@ -58,8 +58,7 @@ from state.process.environment import freeze_objects, run_in_background, wall_ms
 from state.process.log_lines import SaidOnce
 from state.process.part import run_part, stop_on_signals
 from state.registry.hosts import ErasureReport, write_erasure_report
-from state.segments.expression import segments_of
-from state.segments.members import (
+from state.segments import (
     Member,
     Membership,
     SegmentsPosition,
@@ -68,6 +67,7 @@ from state.segments.members import (
     key_of,
     member_of,
     membership_of,
+    segments_of,
     value_of,
 )
 from state.storage import SERVING, map_bytes

@@ -25,8 +25,7 @@ from state.config.sections import SegmentSettings
 from state.config.settings import Settings
 from state.features.spec import FeatureSpec
 from state.layout import DATA
-from state.segments.expression import segments_of
-from state.segments.members import Membership, PrecisionAt, SegmentStore
+from state.segments import Membership, PrecisionAt, SegmentStore, segments_of
 from tests.bench.recommend import trained_host
 from tests.bench.recorded import read_clicks
 from tests.bench.report import Figure, Stages, report

@@ -20,7 +20,7 @@ from state.history.store import HistoryStore
 from state.positions import Range, Source
 from state.registry.manifest import LogRange, Manifest
 from state.rows.store import RowStore
-from state.segments.members import Membership, SegmentsPosition, SegmentStore
+from state.segments import Membership, SegmentsPosition, SegmentStore
 
 MAP = 64 << 20
 SOURCE = Source("ab" * 16, 0)

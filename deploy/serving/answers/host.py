@@ -35,8 +35,7 @@ from state.kernels import Kernels
 from state.layout import ATTRIBUTES, DATA, HISTORIES, LOOKALIKES, ROWS, SEGMENTS
 from state.metrics import WorkerMetrics
 from state.rows.store import RowStore
-from state.segments.expression import texts_of
-from state.segments.members import Membership, SegmentStore, read_lookalikes
+from state.segments import Membership, SegmentStore, read_lookalikes, texts_of
 from state.user_shares import SHARES
 
 DEGRADED_S = 60.0

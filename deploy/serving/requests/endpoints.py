@@ -54,7 +54,7 @@ from springtide_client import answers as responses
 from state.disk import documents
 from state.errors import BadRequest
 from state.registry.hosts import RoutingTable
-from state.segments.expression import NAME
+from state.segments import NAME
 
 MOST_MEMBERS = 1000
 PACKAGE = "springtide.v1"

@@ -28,7 +28,7 @@ from state.metrics import ApplierMetrics, SegmentMetrics
 from state.microbatch.batch import Header
 from state.microbatch.codec import encode
 from state.positions import Range, Source
-from state.segments.members import Membership, key_of
+from state.segments import Membership, key_of
 from tests.conftest import KafkaFactory
 from tests.deploy.serving.conftest import lowered as lowered
 from tests.deploy.serving.conftest import stores as stores

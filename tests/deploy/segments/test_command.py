@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from deploy.segments import command
 from deploy.segments.lookalikes import HELD_BACK, UserVectors, nearest, precision_curve, similarities
 from state.layout import SEGMENTS, SERVING
-from state.segments.members import Membership, SegmentStore
+from state.segments import Membership, SegmentStore
 
 NAMED = ("--segments.expressions", "busy=events.visible > 1")
 

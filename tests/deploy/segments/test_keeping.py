@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from state import segments
 from state.config.sections import Kafka
 from state.errors import LogError
 from state.features.erased import Erased, MaskedUsers
@@ -15,8 +16,7 @@ from state.features.mask import Mask
 from state.layout import LOOKALIKES
 from state.log import Log
 from state.registry.hosts import erasure_reports
-from state.segments import members
-from state.segments.members import Membership, key_of, membership_of
+from state.segments import Membership, key_of, membership_of
 from tests.deploy.segments.conftest import CLICKS, KeptHost, of
 from tests.deploy.serving.stocked import SOURCE, digest_of, manifest, tensors
 
@@ -150,7 +150,7 @@ def test_lookalikes_are_listed_by_a_child_and_gone_at_once_where_control_changes
     host = keeping(["some=view.count_1d >= 2"], lookalikes=5)
     folder = host.settings.serving_dir / LOOKALIKES
     host.until(lambda: folder.exists())
-    listed = members.read_lookalikes(folder, "some")
+    listed = segments.read_lookalikes(folder, "some")
     assert listed is not None and (listed.version, listed.members, listed.users) == (1, 1, 2)
     assert [one.pseudonym for one in listed.lookalikes] == [f"{of('bob'):016x}"] and listed.precision == ()
     # The next ones are due, and a child is about to list whom nobody may know any more.
@@ -164,5 +164,5 @@ def test_lookalikes_are_listed_by_a_child_and_gone_at_once_where_control_changes
     beside = [path.name for path in folder.parent.iterdir() if path.name.startswith(LOOKALIKES)]
     assert not folder.exists() and (beside == [] or host.keeper._lists._child is not None)
     host.until(lambda: folder.exists())
-    listed = members.read_lookalikes(folder, "some")
+    listed = segments.read_lookalikes(folder, "some")
     assert listed is not None and (listed.members, listed.users, listed.lookalikes) == (1, 1, ())

@@ -14,7 +14,7 @@ import pyarrow.parquet
 from deploy.segments import command
 from state.events.identity import load_salt, user_id
 from state.log import Reader, Topics
-from state.segments.members import key_of, membership_of
+from state.segments import key_of, membership_of
 from tests.e2e.running import Loop, until
 
 SEGMENT = "collectors"

@@ -15,24 +15,22 @@ from hypothesis import strategies as st
 from state.config.loading import load
 from state.config.settings import Settings
 from state.errors import SettingsError
-from state.segments.expression import (
+from state.segments import (
     DEEPEST,
-    MOST_CHARACTERS,
-    ProfileFacts,
-    Vocabulary,
-    parse,
-    segments_of,
-    texts_of,
-)
-from state.segments.members import (
     LAST_USER,
+    MOST_CHARACTERS,
     Membership,
+    ProfileFacts,
     SegmentsPosition,
     SegmentStore,
+    Vocabulary,
     all_members,
     key_of,
     member_of,
     membership_of,
+    parse,
+    segments_of,
+    texts_of,
     value_of,
 )
 

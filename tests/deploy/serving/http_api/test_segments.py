@@ -11,7 +11,7 @@ from deploy.serving.rest import App
 from state.config.sections import SegmentSettings
 from state.events.identity import user_id
 from state.layout import LOOKALIKES, SEGMENTS
-from state.segments.members import LookalikeList, Membership, NearUser, PrecisionAt, SegmentStore, write_lookalikes
+from state.segments import LookalikeList, Membership, NearUser, PrecisionAt, SegmentStore, write_lookalikes
 from tests.deploy.serving.http_api.test_app import app_of, ask
 from tests.deploy.serving.stocked import MAP, NOW_MS, SALT, Stores
 
