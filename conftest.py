@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from _pytest.doctest import DoctestModule
 
-from state.process.resources import freeze_objects
+from state.process.environment import freeze_objects
 
 
 @pytest.hookimpl(wrapper=True)
