@@ -393,8 +393,8 @@ class TrainingPlace:
         return replace(position, durable_first=end, unsaved=False) if durable else position
 
     def at_version(self, manifest: Manifest) -> TrainingPlace:
-        """The position once the version with all handed-over changes exists."""
-        position = replace(self, parent=manifest.version)
+        """The position once a version with handed-over changes exists. One that became durable may have newer ones."""
+        position = replace(self, parent=max(self.parent, manifest.version))
         return replace(position, durable=manifest.version) if manifest.durable else position
 
     def counts(self) -> dict[str, int]:

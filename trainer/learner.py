@@ -512,8 +512,8 @@ class Learner:
         self._steps_s = 0.0
 
     def _settle(self, wait: bool = False) -> None:
-        if (published := self._publications.settle(wait)) is not None:
-            self.place = self.place.at_version(published)
+        for written in self._publications.settle(wait):
+            self.place = self.place.at_version(written)
 
     def close(self) -> None:
         """Publishes the rest durably, and ends; the next start continues from here, or from before a held update.

@@ -128,7 +128,7 @@ class ServedModel(NamedTuple):
 
 
 class Publications:
-    """The learner's versions, at most one of them being written. The step thread calls every method."""
+    """The learner's versions. The step thread calls every method."""
 
     def __init__(
         self,
@@ -149,9 +149,13 @@ class Publications:
         self._pace = Pace(self._publish_s, elapsed())
         self._saved_s = self._full_s = float("-inf")
 
+    def _durable_is_due(self, position: TrainingPlace) -> bool:
+        is_last_recent = position.parent - position.durable >= MOST_BETWEEN - 1
+        return is_last_recent or self._elapsed() - self._saved_s >= self._durable_s
+
     @property
     def busy(self) -> bool:
-        """Whether a version is being written, or was not settled yet."""
+        """Whether a version is being written, recent or durable, or was not settled yet."""
         return self._publisher.busy
 
     def begin(self) -> None:
@@ -166,36 +170,35 @@ class Publications:
         if (
             not (position.changed or position.unsaved)
             or not control.publishing
-            or self.busy
+            or not self._publisher.accepts
             or not self._updates.passes
         ):
             return False
-        now_s = self._elapsed()
-        has_content = position.changed or now_s - self._saved_s >= self._durable_s
-        return self._pace.is_due(now_s, late_s, steps_s) and has_content
+        is_durable = self._durable_is_due(position)
+        if is_durable and self._publisher.saves:
+            return False
+        return self._pace.is_due(self._elapsed(), late_s, steps_s) and (position.changed or is_durable)
 
-    def settle(self, wait: bool = False) -> Manifest | None:
-        """The version that has been published since the last call; see `Publisher.settle`.
+    def settle(self, wait: bool = False) -> list[Manifest]:
+        """The versions that have been written since the last call; see `Publisher.settle`.
 
         Raises:
-            WrongEpoch: It was refused, because control is at another epoch.
+            WrongEpoch: One was refused, because control is at another epoch.
             OSError: The disk cannot be written.
         """
-        published = self._publisher.settle(wait)
-        if published is not None:
-            self._metrics.version.set(published.version)
-        return published
+        written = self._publisher.settle(wait)
+        for version in written:
+            # Once a version is durable, there may be newer ones.
+            if not version.durable:
+                self._metrics.version.set(version.version)
+        return written
 
     def publish(
         self, position: TrainingPlace, control: Control, account: Mapping[str, int], topic_id: str, last: bool = False
     ) -> TrainingPlace:
         """Hands a copy of the changes to the publisher; returns the position afterwards. The `last` version is durable."""
         began = time.perf_counter()
-        durable = (
-            last
-            or self._elapsed() - self._saved_s >= self._durable_s
-            or position.parent - position.durable >= MOST_BETWEEN - 1
-        )
+        durable = last or self._durable_is_due(position)
         probe, is_full = {}, durable or self._elapsed() - self._full_s >= FULL_S
         if is_full:
             probe, self._full_s = self._probed.answers(), self._elapsed()
@@ -239,8 +242,8 @@ class Publications:
         kind: Kind = "delta" if position.parent else "base"
         draft = self.draft(kind, position, control, account, topic_id, self._trainer.measures.of_slices())
         self._publisher.save(Saving(draft, {**tensors, **self._probed.answers()}))
-        published = self.settle(wait=True)
-        assert published is not None, "it was offered"
+        (published,) = self.settle(wait=True)
+        self._metrics.version.set(published.version)
         return position.at_version(published).handed_over(True)
 
     def draft(

@@ -80,9 +80,8 @@ def main(rows: int) -> None:
                 saving = Saving(since, checkpoint.changes(trainer))
             publisher.offer(dataclasses.replace(draft, kind="recent", parent=parent), served, saving)
             waited[kind].append(1e3 * (time.perf_counter() - began))
-            made = publisher.settle(wait=True)
+            made = publisher.settle(wait=True)[-1]
             took[kind].append(1e3 * (time.perf_counter() - began))
-            assert made is not None
             parent, saved = made.version, made.version if saving else saved
             sizes[kind] = sum(entry.bytes for entry in made.files.values()) / 1e6
         publisher.close()

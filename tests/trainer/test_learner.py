@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from state.registry.control import Control, follow, pin, release, roll_back
 from state.registry.registry import MOST_BETWEEN, SERVING, Registry
 from state.registry.tensor_files import unpack
 from state.rows.tables import tables_in
+from tests.streaming.streams import until
 from tests.trainer.clicks import SALT, SPEC, START_MS, TOPIC, microbatch
 from tests.trainer.logs import (
     append,
@@ -271,6 +273,38 @@ def test_recent_versions_lost_in_a_crash_are_learned_again_under_new_numbers(
     assert first == lost + 1, "numbers go on, and the first version after a start is durable"
     last = again.manifest(again.newest(1) or 0)
     assert last.visible == ((first, last.version), (1, durable))
+
+
+def test_recent_versions_follow_while_a_durable_one_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry, log = started(tmp_path), written(RECORDS[:4])
+    running = learner(registry, log, "--registry.durable_s", "600")
+    is_written, may_appear = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        is_written.set()
+        assert may_appear.wait(60)
+
+    before = registry.newest(1)
+    with monkeypatch.context() as held:
+        held.setattr(killpoints, "armed", killpoints.Armed("publish.written", 1, hold))
+        until(lambda: running.tick(0.0) >= 0 and is_written.is_set(), "a durable version is written")
+        append(log, RECORDS[4:])
+        until(lambda: running.tick(0.0) >= 0 and len(registry.recents()) > 3, "recent versions follow")
+        assert registry.newest(1) == before
+        may_appear.set()
+    newest = registry.recents()[-1]
+    settle(running)
+    durable = registry.newest(1)
+    assert durable is not None and durable == running.place.durable < newest <= running.place.parent
+    run_to_end(running)
+    expected = bits_of(running)
+    kill(running)
+    registry.sweep_recent()
+    again = learner(registry, log)
+    assert again.place.parent == durable
+    run_to_end(again)
+    assert bits_of(again) == expected
+    again.close()
 
 
 def test_a_clean_stop_and_silence_leave_nothing_that_is_not_durable(tmp_path: Path) -> None:
