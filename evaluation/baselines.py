@@ -301,7 +301,8 @@ def _popular(
         count = counts[clicked]
         rank[row], log_share[row], candidates[row] = NONE, 0.0, categories
         if count > 0.0:
-            log_share[row] = np.log(count / state[0])
+            # A share of a count that nobody repeats for long underflows, its logarithm does not.
+            log_share[row] = np.log(count) - np.log(state[0])
             before = 0
             for other in range(counts.shape[0]):
                 if counts[other] > count or (counts[other] == count and other < clicked):

@@ -141,6 +141,11 @@ def test_popular_categories_survive_the_division_of_their_counts() -> None:
     baseline = PopularCategories("now", 1000.0)
     found = shares(baseline, rows([1, 2, 2, 1, 1], at_ms=[1, 2, 10_000_000, 10_000_001, 10_000_002]))
     assert found[2] == (0, 0.5) and [rank for rank, _ in found[3:]] == [1, 0]
+    late_ms = 10_000_000 + 250_000
+    baseline = PopularCategories("now", 1000.0)
+    predicted = baseline.predict(rows([1, 2, 2, 2, 1], at_ms=[1, 2, 10_000_000, late_ms, late_ms]), 10)
+    # As a share it would be 0, and the log loss of the baseline infinite.
+    assert predicted.rank[-1] == 1 and -900.0 < predicted.log_share[-1] < -800.0
 
 
 def test_previous_categories_are_the_users_latest_ones() -> None:
