@@ -9,7 +9,6 @@ user id leaves it.
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -254,14 +253,16 @@ class Parser:
         refused = dict[int, Reason]()
         columns = self._columns(batches, refused)
         counts = np.bincount(columns["source"], minlength=len(batches)).tolist()
-        refusals, begin = deque(sorted(refused.items())), 0
+        refusals, begin = sorted(refused.items()), 0
         ranges: list[Range] = []
         dead: list[DeadLetter] = []
         for batch, count in zip(batches, counts, strict=True):
-            source, end, letters = Source(batch.topic_id, batch.partition), begin + len(batch), list[DeadLetter]()
-            while refusals and refusals[0][0] < end:
-                row, reason = refusals.popleft()
-                letters.append(DeadLetter(source, int(batch.offsets[row - begin]), reason))
+            source, end = Source(batch.topic_id, batch.partition), begin + len(batch)
+            letters = [
+                DeadLetter(source, int(batch.offsets[row - begin]), reason)
+                for row, reason in refusals
+                if begin <= row < end
+            ]
             begin = end
             letters += [
                 DeadLetter(source, lost, Reason.CORRUPT_RECORD)
