@@ -54,10 +54,10 @@ class Publisher:
         self._metrics = metrics
         self._recent_s, self._elapsed = recent_s, elapsed
         self._recent: deque[tuple[float, int]] = deque()
-        self._dropping = threading.Lock()
+        self._dropping: Future[None] | None = None
+        self._drop_lock = threading.Lock()
         # Each thread waits on its own for space.
         self._publishing, self._saving = _Writing("publish", room), _Writing("save", copy.copy(room))
-        self._unsaved: Saving | None = None
 
     @property
     def accepts(self) -> bool:
@@ -67,7 +67,7 @@ class Publisher:
     @property
     def saves(self) -> bool:
         """Whether a version is becoming durable, or has not been settled yet."""
-        return self._saving.running is not None or self._unsaved is not None
+        return self._saving.running is not None
 
     @property
     def busy(self) -> bool:
@@ -82,8 +82,9 @@ class Publisher:
         """
         if not self.accepts or (saving is not None and self.saves):
             raise RuntimeError("a version is still being published")
-        self._unsaved = self._unsaved if saving is None else saving
-        self._publishing.start(lambda: self._publish(draft, served))
+        recent = self._publishing.start(lambda: self._publish(draft, served))
+        if saving is not None:
+            self._saving.start(lambda: self._save(saving, recent.result()))
 
     def save(self, first: Saving) -> None:
         """Starts to publish the first version of an epoch, which serving does not follow yet. Not while busy."""
@@ -100,24 +101,12 @@ class Publisher:
             WrongEpoch: One was refused, because control is at another epoch.
             UnusableRegistry: The disk refused the write; if it is full, only once waiting has ended.
         """
-        written = []
-        try:
-            if (recent := self._publishing.ended(wait)) is not None:
-                written.append(recent.result())
-        except BaseException:
-            self._unsaved = None
-            if wait:
-                self._saving.ended(wait)
-            raise
-        if recent is not None and (unsaved := self._unsaved) is not None:
-            self._unsaved = None
-            self._saving.start(lambda: self._save(unsaved, written[0]))
-        if (durable := self._saving.ended(wait)) is not None:
-            written.append(durable.result())
-        if not written and self.accepts and self._is_old():
+        if self.accepts and self._is_old() and (self._dropping is None or self._dropping.done()):
             # Old recent versions are removed even if nothing is being published.
-            self._publishing.thread.submit(self._drop_recent)
-        return written
+            self._dropping = self._publishing.thread.submit(self._drop_recent)
+        # Both are settled before either raises.
+        ended = [*self._publishing.ended(wait), *self._saving.ended(wait)]
+        return [written.result() for written in ended]
 
     def close(self) -> None:
         """Stops the threads once the current versions are written."""
@@ -152,7 +141,7 @@ class Publisher:
         return len(self._recent) > 1 and self._elapsed() - self._recent[0][0] > self._recent_s
 
     def _drop_recent(self) -> None:
-        with self._dropping:
+        with self._drop_lock:
             while self._is_old():
                 with suppress(UnusableRegistry):
                     self._registry.remove("recent", self._recent.popleft()[1])
@@ -165,14 +154,15 @@ class _Writing:
         self.thread, self.room = ThreadPoolExecutor(1, thread_name_prefix=name), room
         self.running: Future[Manifest] | None = None
 
-    def start(self, write: Callable[[], Manifest]) -> None:
+    def start(self, write: Callable[[], Manifest]) -> Future[Manifest]:
         self.running = self.thread.submit(write)
+        return self.running
 
-    def ended(self, wait: bool) -> Future[Manifest] | None:
-        """The write, once it has ended, and only once; with `wait`, after waiting for it."""
+    def ended(self, wait: bool) -> list[Future[Manifest]]:
+        """The write once it has ended, and only once; with `wait`, after waiting for it."""
         running = self.running
         if running is None or not (wait or running.done()):
-            return None
+            return []
         futures.wait([running])
         self.running = None
-        return running
+        return [running]
