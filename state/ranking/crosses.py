@@ -30,7 +30,7 @@ among all impressions, or that this event is the third of a session. A missing v
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -142,17 +142,17 @@ def _hashed(kind: str, names: Sequence[str]) -> U64:
     return np.array([int.from_bytes(digest[:8], "big") for digest in digests], np.uint64)
 
 
-def with_network_share(outputs: dict[str, Any], crossed: Any, share: float) -> dict[str, Any]:
+def with_network_share(outputs: dict[str, Any], inputs: Mapping[str, Any], share: float) -> dict[str, Any]:
     """A ranker's outputs with its part of the engagement multiplied by `share`.
 
     Args:
         outputs: Arrays or tensors by name: `engagement_logit` `[n]`, in which crosses count in full, and maybe `item_query`.
-        crossed: `[n]` float32, the logits of the crosses.
+        inputs: Those of the ranker: `cross` `[n]` float32, the logits of the crosses, unless it does not read them.
         share: 1 changes nothing.
     """
-    if share == 1.0:
+    if share == 1.0 or "cross" not in inputs:
         return outputs
-    factor = np.float32(share)
+    factor, crossed = np.float32(share), inputs["cross"]
     shared = {"engagement_logit": crossed + factor * (outputs["engagement_logit"] - crossed)}
     if "item_query" in outputs:
         shared["item_query"] = factor * outputs["item_query"]

@@ -364,8 +364,8 @@ class Trainer:
         counters, scores, crossed = self.counters, measured.scores, measured.crossed
         if crossed is not None:
             ids, labels = record.ids["cross"], record.targets.label
-            shared = share_network(ids, labels, crossed, scores.engagement, scores.engagement_loss)
-            scores = scores._replace(engagement=shared[0], engagement_loss=shared[1])
+            engagement, its_losses = share_network(ids, labels, crossed, scores.engagement, scores.engagement_loss)
+            scores = scores._replace(engagement=engagement, engagement_loss=its_losses)
         targets, pairs = record.targets.slot >= 0, record.targets
         losses, norm = scores.interest_loss[targets], math.sqrt(measured.squared_norm)
         loss = float(losses.mean()) if losses.size else 0.0

@@ -173,8 +173,7 @@ class Compared(NamedTuple):
 
     def predict(self, inputs: Mapping[str, F32]) -> dict[str, F32]:
         """Serving's answers: the program's outputs with the version's share of the network."""
-        outputs = self.program.predict(inputs)
-        return with_network_share(outputs, inputs["cross"], self.ranker.network_share) if "cross" in inputs else outputs
+        return with_network_share(self.program.predict(inputs), inputs, self.ranker.network_share)
 
     @property
     def kept(self) -> dict[str, F32]:

@@ -94,7 +94,7 @@ class Ranker(tf.Module):
         encoded = self.encode(inputs, False, tf.constant([0, 0], tf.int32))
         query = self.item_query(encoded)
         outputs = self.score(encoded, inputs) | ({} if query is None else {"item_query": query})
-        return with_network_share(outputs, inputs["cross"], self.network_share) if "cross" in inputs else outputs
+        return with_network_share(outputs, inputs, self.network_share)
 
     def shapes(self, training: bool = False) -> dict[str, tuple[int | None, ...]]:
         """The shape of each input of serving, or of training, by name."""

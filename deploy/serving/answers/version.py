@@ -338,8 +338,7 @@ class LoadedVersion:
 
     def predict(self, inputs: Mapping[str, F32]) -> dict[str, F32]:
         """Returns the program's outputs, with the network's share. The program must have the version's weights loaded."""
-        outputs = self.program.predict(inputs)
-        return with_network_share(outputs, inputs["cross"], self.network_share) if "cross" in inputs else outputs
+        return with_network_share(self.program.predict(inputs), inputs, self.network_share)
 
     def rows(self, reader: RowReader) -> VersionRows:
         """Returns the version's rows in a transaction."""

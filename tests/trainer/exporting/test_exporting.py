@@ -104,7 +104,7 @@ def test_a_saved_model_has_servings_signature_and_answers(stocked: Stocked, tmp_
     rows = {name: value if name in of.kept else value[:16] for name, value in of.inputs.items()}
     found = raw(**{name: tf.constant(value) for name, value in rows.items()})
     assert abs(of.ranker.network_share - 1.0) > 1e-4
-    wanted = with_network_share(worker.predict(rows), rows["cross"], of.ranker.network_share)
+    wanted = with_network_share(worker.predict(rows), rows, of.ranker.network_share)
     for name, value in wanted.items():
         assert np.abs(found[name].numpy() - value).max() <= 1e-5 * (1 + np.abs(value).max()), name
     read = saved_model_pb2.SavedModel.FromString((path / "saved_model.pb").read_bytes())
