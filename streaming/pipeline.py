@@ -66,6 +66,11 @@ class CommitThread:
             self._queue.append(cut)
             self._changed.notify_all()
 
+    @property
+    def busy(self) -> bool:
+        """Whether a cut waits or is written."""
+        return self._busy or bool(self._queue)
+
     def check(self) -> None:
         """Raises the error that ended the thread, if there was one."""
         if self._failure is not None:
@@ -141,7 +146,7 @@ class WriteMicroBatches(Step[StreamContext]):
         """Takes a batch; an empty one only advances the time."""
         with self.handle.watched():
             self._commits.check()
-            for cut in self._cutter.add(rows, wall_ms()):
+            for cut in self._cutter.add(rows, wall_ms(), self._commits.busy):
                 self._commits.put(cut)
         yield from ()
 

@@ -137,6 +137,9 @@ class Cut:
     created_ms: int
 
 
+BUSY_TIMES = 5
+"""The most times `cut_ms` that a cut waits while an earlier one is written."""
+
 EARLY_MS = 25
 """How much before `cut_ms` a cut may come: half of the time between two polls, so that the nearest poll decides."""
 
@@ -148,7 +151,7 @@ class Cutter:
 
     Args:
         cut_rows: Target number of rows of a cut; a single larger batch is a separate cut.
-        cut_ms: The maximum wait of the first collected position, ms.
+        cut_ms: The maximum wait of the first collected position, ms; while an earlier cut is written, `BUSY_TIMES` of it.
     """
 
     def __init__(self, cut_rows: int, cut_ms: int) -> None:
@@ -159,9 +162,10 @@ class Cutter:
         self._since_ms = 0
         self._added_ms: int | None = None
 
-    def add(self, rows: Rows, now_ms: int) -> list[Cut]:
+    def add(self, rows: Rows, now_ms: int, busy: bool = False) -> list[Cut]:
         """Adds a batch, which may be empty, and returns the cuts that are due at `now_ms`, oldest first.
 
+        While an earlier cut is written (`busy`), rows wait longer: one large cut costs less than two small ones.
         A batch without rows that still covers positions (dead, filtered, absent) is collected too. One without
         positions only advances the time.
         """
@@ -176,7 +180,7 @@ class Cutter:
             self._rows += count
         self._added_ms = now_ms
         # Otherwise a wall clock that was set back would hold the rows until it catches up.
-        waited = not 0 <= now_ms - self._since_ms < self._due_ms
+        waited = not 0 <= now_ms - self._since_ms < self._due_ms * (BUSY_TIMES if busy else 1)
         if self._pieces and (self._rows >= self._cut_rows or waited):
             due.extend(self.flush(now_ms))
         return due

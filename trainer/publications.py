@@ -28,10 +28,10 @@ from trainer.versions import checkpoint
 from trainer.versions.content import Array
 from trainer.versions.publisher import Publisher, Saving
 
-LATE_PACES, CATCH_UP_PACES = 5, 20
-"""The most times `trainer.publish_s` between two versions: under load, and while a backlog is caught up."""
+LOAD_PACES, LATE_PACES = 5, 20
+"""The most times `trainer.publish_s` between two versions: under load, and while learning is late."""
 
-CATCH_UP_SHARE = 0.2
+LATE_SHARE = 0.5
 """Seconds between two versions for each second that learning is late."""
 
 MOST_SLACK = 0.5
@@ -51,13 +51,11 @@ def interval_s(publish_s: float, late_s: float, idle: float) -> float:
         idle: Share of the time that steps leave.
 
     >>> [round(interval_s(0.1, late_s, idle=0.9), 2) for late_s in (0.0, 0.3, 2.0, 6.0, 3600.0)]
-    [0.11, 0.3, 0.5, 1.2, 2.0]
+    [0.11, 0.15, 1.0, 2.0, 2.0]
     >>> interval_s(0.1, late_s=0.0, idle=0.0)
     0.5
     """
-    loaded_s = publish_s / max(idle, 1.0 / LATE_PACES)
-    late_intervals = min(late_s, LATE_PACES * publish_s), min(CATCH_UP_SHARE * late_s, CATCH_UP_PACES * publish_s)
-    return max(loaded_s, *late_intervals)
+    return max(publish_s / max(idle, 1.0 / LOAD_PACES), min(LATE_SHARE * late_s, LATE_PACES * publish_s))
 
 
 class Pace:

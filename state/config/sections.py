@@ -245,7 +245,7 @@ class Stream:
         "ms",
         least=1,
         most=60_000,
-        help="Maximum time before a micro-batch is written; on a distributed runner, the time for which a source collects clicks.",
+        help="Maximum time before a micro-batch is written, up to five times as long while an earlier one is written; on a distributed runner, the time for which a source collects clicks.",
     )
     cut_rows: int = setting(
         4096,
@@ -407,7 +407,7 @@ class TrainerSettings:
         "s",
         least=0.01,
         most=3600.0,
-        help="Interval between versions, up to five times as long under load and twenty times while a backlog is caught up; one version per `registry.durable_s` is durable.",
+        help="Interval between versions, up to five times as long under load and twenty times while learning is late; one version per `registry.durable_s` is durable.",
     )
     base_every_s: float = setting(600.0, "s", least=1.0, help="Interval between bases that the compactor writes.")
     admit_after: int = setting(1, "sightings", least=1, help="Sightings of an id before it gets an embedding row.")

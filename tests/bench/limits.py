@@ -6,8 +6,9 @@ With a checkout of another release, both are measured, one after the other, on
 brokers of their own with the same clicks. A loop is what `springtide up` runs,
 with its own Kafka outside: the backlog is written while the loop is down.
 
-A rate is held where, after `--hold-s`, the clicks of the last second are the
-only ones that no answer has learned yet. The next rate is an eighth higher.
+A rate is held if the clicks that no answer has learned stay as many: from the
+second quarter of `--hold-s` to the last one they grow by less than 2 % of the
+clicks written meanwhile. The next rate is a sixteenth higher.
 Freshness is from the acknowledgement of a burst to the first answer by weights
 that learned it.
 """
@@ -46,8 +47,8 @@ OLD_PORTS = ("serving.port", "stream.metrics_port", "trainer.metrics_port", "ser
 """Ports of 0.1.0."""
 FIRST = 20_000
 """Clicks that are there at the first start, for the base."""
-STEP = 1.125
-LATE_S = 1.0
+STEP = 1.0625
+GROWTH = 0.02
 START_S, CATCH_UP_S, PATIENCE_S = 300.0, 900.0, 30.0
 BURST_CLICKS = 3
 POLL_S = 0.005
@@ -173,17 +174,17 @@ class Measured:
     def holds(self, rate: float, hold_s: float) -> bool:
         """Whether answers keep up with `rate` clicks a second."""
         with self.offered(rate):
-            found = []
+            early, late = [], []
             begin_s = time.monotonic()
             while (passed_s := time.monotonic() - begin_s) < hold_s:
                 progress.say(f"{self.name}: {rate:,.0f} clicks/s", f"{passed_s:.0f} of {hold_s:.0f} s")
                 threading.Event().wait(0.5)
-                if passed_s > 0.75 * hold_s:
-                    found.append(self.behind(self.ends()))
-            late = float(np.median(found))
-        progress.say(f"{self.name}: {rate:,.0f} clicks/s: {late:,.0f} clicks behind")
+                if passed_s > 0.25 * hold_s:
+                    (early if passed_s < 0.5 * hold_s else late).append(self.behind(self.ends()))
+            begin, end = np.median(early), np.median(late[len(late) // 2 :])
+        progress.say(f"{self.name}: {rate:,.0f} clicks/s: {begin:,.0f}, later {end:,.0f} clicks behind")
         self.wait_for(self.ends(), CATCH_UP_S)
-        return late < LATE_S * rate
+        return bool(end - begin < GROWTH * rate * hold_s / 2)
 
     def highest(self, rate: float, hold_s: float) -> float:
         """The highest rate that it holds."""

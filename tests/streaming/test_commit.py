@@ -122,8 +122,10 @@ def test_what_waited_while_one_was_written_goes_into_one_transaction(shard: Any,
     assert gate.entered.acquire(timeout=DEADLINE_S)
     for offset in (1, 2):
         shard.put(piece((ZERO, offset, 1)))
+    assert shard.commits.busy
     gate.opened.set()
     shard.commits.flush()
+    assert not shard.commits.busy
     assert transactions(shard.log) == [1, 2]
 
 

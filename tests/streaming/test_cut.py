@@ -49,6 +49,17 @@ def test_a_wall_clock_set_back_holds_no_rows() -> None:
     assert rows_of(cutter.add(piece(), 110)) == [4]
 
 
+def test_rows_wait_up_to_five_times_as_long_while_an_earlier_cut_is_written() -> None:
+    cutter = Cutter(cut_rows=10, cut_ms=100)
+    assert cutter.add(piece((ZERO, 0, 4)), 0, busy=True) == []
+    assert cutter.add(piece((ZERO, 4, 4)), 374, busy=True) == []
+    assert rows_of(cutter.add(piece(), 375, busy=True)) == [8]
+    assert cutter.add(piece((ZERO, 8, 4)), 400, busy=True) == []
+    assert rows_of(cutter.add(piece(), 475, busy=False)) == [4]
+    assert cutter.add(piece((ZERO, 12, 9)), 500, busy=True) == []
+    assert rows_of(cutter.add(piece((ZERO, 21, 1)), 510, busy=True)) == [10]
+
+
 def test_positions_without_rows_are_cut_in_time_too() -> None:
     cutter = Cutter(cut_rows=10, cut_ms=100)
     assert cutter.add(piece((ZERO, 0, 0), dead=3), 0) == []
