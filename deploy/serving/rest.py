@@ -252,7 +252,7 @@ class App:
 
     def grpc_services(self) -> list[Service]:
         """Returns the gRPC services, which answer as the endpoints do."""
-        return [profile_service(self._answers, self.endpoints, self.router), *model_services(self._model)]
+        return [profile_service(self.endpoints, self.router), *model_services(self._model)]
 
     @property
     def draining(self) -> bool:

@@ -11,9 +11,9 @@ from typing import Annotated, Any, TypeVar
 from urllib.parse import quote, urlencode
 
 import msgspec
-import numpy as np
 import orjson
 from google.protobuf import json_format
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from msgspec import Meta
 from prometheus_client import CollectorRegistry
@@ -35,7 +35,6 @@ from deploy.serving.requests.http import (
     encode,
     error_in,
     header,
-    what_and_where,
 )
 from deploy.serving.requests.parameters import (
     BATCH_EXAMPLE,
@@ -51,7 +50,6 @@ from deploy.serving.requests.parameters import (
 from deploy.serving.requests.routing import Router, whole
 from deploy.serving.requests.worker_metrics import rendered
 from springtide_client import answers as responses
-from state.disk import documents
 from state.errors import BadRequest
 from state.registry.hosts import RoutingTable
 from state.segments import NAME
@@ -79,36 +77,9 @@ class LookalikeParameters(msgspec.Struct, forbid_unknown_fields=True, frozen=Tru
     n: Annotated[int, Meta(ge=1, le=MOST_MEMBERS, description="How many users at most.")] = 100
 
 
-class Questions:
-    """Questions about one user, independent of the protocol."""
-
-    def __init__(self, answers: Answers) -> None:
-        self._answers, self._host = answers, answers.host
-
-    async def rank(self, question: RankQuestion) -> responses.Ranking:
-        """Ranks the items that the caller names."""
-        items, impressions = question.named_items(), self._host.impressions
-        return await self._answers.run(rank(self._host.predictor(), question.query(), items, impressions))
-
-    async def recommend(self, user: str, parameters: RecommendationParameters) -> responses.Recommendations:
-        """Recommends items."""
-        query, sources, host = parameters.query(user), self._answers.sources(), self._host
-        wanted = parameters.wanted()._replace(per_category=host.serving.per_category)
-        return await self._answers.run(recommend(host.predictor(), sources, query, wanted, host.impressions))
-
-    async def similar(self, user: str, parameters: NearParameters) -> responses.SimilarItems:
-        """Finds the nearest items."""
-        near = self._answers.sources().near
-        return self._answers.counted(similar(self._host.predictor(), near, parameters.query(user), parameters.wanted()))
-
-    async def explain(self, user: str, parameters: ExplanationParameters) -> responses.Explanation:
-        """Explains a probability."""
-        return await self._answers.run(explain(self._host.predictor(), parameters.query(user), parameters.label))
-
-
 def profile_endpoints(answers: Answers) -> list[Endpoint]:
     """Returns the endpoints that answer profiles, explanations and items."""
-    questions = Questions(answers)
+    host = answers.host
 
     def soon(request: Request) -> asyncio.Future[bytes]:
         parameters = request.parameters(ProfileParameters) if request.query_string else _NO_PARAMETERS
@@ -123,8 +94,22 @@ def profile_endpoints(answers: Answers) -> list[Endpoint]:
             200, b'{"profiles":[' + b",".join(await answers.profiles.many(question.queries(), encode)) + b"]}"
         )
 
-    async def rank(request: Request) -> Response:
-        return Response(200, encode(await questions.rank(await request.document())))
+    async def ranking(request: Request) -> Response:
+        question: RankQuestion = await request.document()
+        steps = rank(host.predictor(), question.query(), question.named_items(), host.impressions)
+        return Response(200, encode(await answers.run(steps)))
+
+    async def recommendations(user: str, parameters: RecommendationParameters) -> responses.Recommendations:
+        sources = answers.sources()
+        wanted = parameters.wanted()._replace(per_category=host.serving.per_category)
+        return await answers.run(recommend(host.predictor(), sources, parameters.query(user), wanted, host.impressions))
+
+    async def nearest(user: str, parameters: NearParameters) -> responses.SimilarItems:
+        near = answers.sources().near
+        return answers.counted(similar(host.predictor(), near, parameters.query(user), parameters.wanted()))
+
+    async def explanation(user: str, parameters: ExplanationParameters) -> responses.Explanation:
+        return await answers.run(explain(host.predictor(), parameters.query(user), parameters.label))
 
     def about_user(
         kind: type[Parameters], answer: Callable[[str, Parameters], Awaitable[responses.About]]
@@ -160,7 +145,7 @@ def profile_endpoints(answers: Answers) -> list[Endpoint]:
             "explain",
             ("GET",),
             "/v1/profiles/{user_id}/explain",
-            about_user(ExplanationParameters, questions.explain),
+            about_user(ExplanationParameters, explanation),
             "Explains a probability of a profile.",
             parameters=ExplanationParameters,
             returns=(responses.Explanation,),
@@ -169,7 +154,7 @@ def profile_endpoints(answers: Answers) -> list[Endpoint]:
             "rank",
             ("POST",),
             "/v1/rank",
-            rank,
+            ranking,
             "Items that the caller names, ranked for one user; by bids and with frequency caps if they have some.",
             body=(RankQuestion,),
             example=RANK_EXAMPLE,
@@ -180,7 +165,7 @@ def profile_endpoints(answers: Answers) -> list[Endpoint]:
             "recommendations",
             ("GET",),
             "/v1/recommendations/{user_id}",
-            about_user(RecommendationParameters, questions.recommend),
+            about_user(RecommendationParameters, recommendations),
             "Items for one user, each with its reason.",
             parameters=RecommendationParameters,
             returns=(responses.Recommendations,),
@@ -189,7 +174,7 @@ def profile_endpoints(answers: Answers) -> list[Endpoint]:
             "similar",
             ("GET",),
             "/v1/similar/{user_id}",
-            about_user(NearParameters, questions.similar),
+            about_user(NearParameters, nearest),
             "The items nearest to a user, by the vectors of both.",
             parameters=NearParameters,
             returns=(responses.SimilarItems,),
@@ -198,100 +183,73 @@ def profile_endpoints(answers: Answers) -> list[Endpoint]:
     ]
 
 
-def profile_service(answers: Answers, endpoints: Sequence[Endpoint], router: Router | None) -> Service:
-    """Returns the gRPC service `springtide.v1.Profiles`; through `router`, other hosts answer about their users over
-    HTTP.
-    """
-    questions, by_name = Questions(answers), {endpoint.name: endpoint for endpoint in endpoints}
+METHODS_OF_PROFILES = {
+    "GetProfile": ("profile", "Profile"),
+    "BatchGetProfiles": ("batch", "BatchGetProfilesResponse"),
+    "Rank": ("rank", "RankResponse"),
+    "Recommend": ("recommendations", "RecommendResponse"),
+    "Explain": ("explain", "Explanation"),
+    "Similar": ("similar", "SimilarResponse"),
+}
+"""gRPC method -> the endpoint that answers it, and the message of its response."""
 
-    async def profile(user: str, parameters: ProfileParameters) -> Any:
-        query = parameters.query(user)
-        # Refused here, because in a batch it would make the queries of other requests fail too.
-        answers.host.predictor().users_of([query])
-        return await answers.profiles.one(query, _profile_message)
 
-    async def batch(fields: dict[str, Any]) -> Any:
-        question = _convert({"profiles": [], **fields}, ProfilesQuestion)
-        profiles = await answers.profiles.many(question.queries(), _profile_message)
-        return message(f"{PACKAGE}.BatchGetProfilesResponse")(profiles=profiles)
+def profile_service(endpoints: Sequence[Endpoint], router: Router | None) -> Service:
+    """Returns the gRPC service `springtide.v1.Profiles`: its endpoints answer, through `router` also those of other hosts."""
+    by_name = {endpoint.name: endpoint for endpoint in endpoints}
 
-    async def rank(fields: dict[str, Any]) -> Any:
-        return await questions.rank(_convert({"items": [], **fields}, RankQuestion))
-
-    def about_user(
-        kind: type[Parameters], answer: Callable[[str, Parameters], Awaitable[Any]]
-    ) -> Callable[[dict[str, Any]], Awaitable[Any]]:
-        async def answered(fields: dict[str, Any]) -> Any:
-            if not (user := fields.pop("user_id", "")):
-                raise BadRequest("the request names no user_id", "name a user")
-            return await answer(user, _convert(fields, kind))
-
-        return answered
-
-    def method(name: str, endpoint: Endpoint, local: Callable[[dict[str, Any]], Awaitable[Any]], kind: str) -> Method:
+    def method(name: str, endpoint: Endpoint, kind: str) -> Method:
         async def answer(request: Message, headers: Headers) -> Any:
-            fields = _fields_of(request)
-            if endpoint.parameters is not None and "fields" in fields:
-                fields["fields"] = ",".join(fields["fields"])
-            if router is not None and not all(map(router.is_held, _users_in(fields))):
-                return _message_of(await router.answer(_as_http(endpoint, fields, headers), endpoint.answer), kind)
-            result = await local(fields)
-            return result if isinstance(result, Message) else _filled(kind, result)
+            asked = _as_http(endpoint, _fields_of(request), headers)
+            response = endpoint.answer(asked) if router is None else router.answer(asked, endpoint.answer)
+            return _message_of(await response, kind)
 
         return Method(name, f"{PACKAGE}.{name}Request", answer)
 
-    return Service(
-        f"{PACKAGE}.Profiles",
-        [
-            method("GetProfile", by_name["profile"], about_user(ProfileParameters, profile), "Profile"),
-            method("BatchGetProfiles", by_name["batch"], batch, "BatchGetProfilesResponse"),
-            method("Rank", by_name["rank"], rank, "RankResponse"),
-            method(
-                "Recommend",
-                by_name["recommendations"],
-                about_user(RecommendationParameters, questions.recommend),
-                "RecommendResponse",
-            ),
-            method("Explain", by_name["explain"], about_user(ExplanationParameters, questions.explain), "Explanation"),
-            method("Similar", by_name["similar"], about_user(NearParameters, questions.similar), "SimilarResponse"),
-        ],
-    )
+    methods = [method(name, by_name[endpoint], kind) for name, (endpoint, kind) in METHODS_OF_PROFILES.items()]
+    return Service(f"{PACKAGE}.Profiles", methods)
 
 
 def _fields_of(request: Message) -> dict[str, Any]:
-    """Converts a message to the names and values of HTTP; absent fields are left out."""
-    fields: dict[str, Any] = {}
+    """Converts a message to the names and values of HTTP; absent fields are left out, but for lists of messages."""
+    fields: dict[str, Any] = {_name(field): [] for field in request.DESCRIPTOR.fields if _is_list_of_messages(field)}
     for field, value in request.ListFields():
-        name = field.name
-        if name == "at_ms":
-            fields["at"] = str(value)
+        name = _name(field)
+        if name == "at":
+            fields[name] = str(value)
         elif name == "question":
             fields |= _fields_of(value)
-        elif field.message_type is not None and field.message_type.GetOptions().map_entry:
-            fields[name] = dict(value)
-        elif field.message_type is not None:
-            repeated = field.is_repeated
-            converted = [_fields_of(element) for element in value] if repeated else _fields_of(value)
-            fields["profiles" if name == "questions" else name] = converted
-        else:
+        elif _is_list_of_messages(field):
+            fields[name] = [_fields_of(element) for element in value]
+        elif field.message_type is None:
             fields[name] = list(value) if field.is_repeated else value
+        else:
+            fields[name] = dict(value) if field.is_repeated else _fields_of(value)
     return fields
 
 
-def _users_in(fields: Mapping[str, Any]) -> list[str]:
-    """Returns the users that a request names; one without a user is refused where it is answered."""
-    return [question["user_id"] for question in fields.get("profiles", [fields]) if "user_id" in question]
+def _name(field: FieldDescriptor) -> str:
+    name: str = field.name
+    return {"at_ms": "at", "questions": "profiles"}.get(name, name)
+
+
+def _is_list_of_messages(field: FieldDescriptor) -> bool:
+    kind = field.message_type
+    return field.is_repeated and kind is not None and not kind.GetOptions().map_entry
 
 
 def _as_http(endpoint: Endpoint, fields: dict[str, Any], headers: Headers) -> Request:
-    """Returns the HTTP request of the same meaning."""
+    """Returns the HTTP request of the same meaning; raises BadRequest if a path has no user."""
     user, query, body = "", "", b""
     if endpoint.body:
         body = msgspec.json.encode(fields)
-    else:
-        user = fields.pop("user_id")
+    elif user := fields.pop("user_id", ""):
         context = {f"context.{name}": text for name, text in fields.pop("context", {}).items()}
+        if "fields" in fields:
+            fields["fields"] = ",".join(fields["fields"])
         query = urlencode(fields | context)
+    else:
+        raise BadRequest("the request names no user_id", "name a user")
     path = endpoint.path.replace("{user_id}", quote(user, safe=""))
     scope = {
         "method": endpoint.methods[0],
@@ -306,29 +264,14 @@ def _message_of(response: Response, kind: str) -> Any:
     """Returns the message of an HTTP response, without fields that only a later release knows; raises its error."""
     if response.status != 200:
         raise error_in(response)
-    document = orjson.loads(response.body)
+    document, make = orjson.loads(response.body), message(f"{PACKAGE}.{kind}")
     for profile in document.get("profiles", [document]):
         _drop_missing(profile)
-    return json_format.ParseDict(document, message(f"{PACKAGE}.{kind}")(), ignore_unknown_fields=True)
-
-
-def _convert(fields: Mapping[str, Any], kind: type[Parameters]) -> Parameters:
     try:
-        return documents.convert(fields, kind)
-    except msgspec.ValidationError as error:
-        problem, where = what_and_where(error)
-        raise BadRequest(f"{where.lstrip('/') or 'the request'}: {problem}", "correct it", where) from None
-
-
-def _filled(name: str, answer: Any) -> Any:
-    return message(f"{PACKAGE}.{name}")(**msgspec.to_builtins(answer))
-
-
-def _profile_message(answer: responses.Profile) -> Any:
-    """Returns the message of a profile: maps without missing values, lists in place of arrays."""
-    document = msgspec.to_builtins(answer, enc_hook=np.ndarray.tolist)
-    _drop_missing(document)
-    return message(f"{PACKAGE}.Profile")(**document)
+        return make(**document)
+    except ValueError:
+        # Another host answered, and it runs a later release. This takes some hundred times as long.
+        return json_format.ParseDict(document, make(), ignore_unknown_fields=True)
 
 
 def _drop_missing(profile: dict[str, Any]) -> None:
