@@ -68,7 +68,7 @@ def measured(settings: Settings, scrapes: Mapping[str, Scrape]) -> dict[str, Any
 
 def kafka_lag(settings: Settings) -> dict[str, Any]:
     """Returns the end of the clicks topic, the stream's committed positions, and their difference."""
-    kafka = dataclasses.replace(settings.kafka, request_timeout_s=min(LONGEST_WAIT_S, settings.kafka.request_timeout_s))
+    kafka = settings.kafka.within(LONGEST_WAIT_S)
     try:
         with Topics(kafka) as topics:
             ends = topics.ends(kafka.clicks_topic)

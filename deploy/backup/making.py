@@ -44,7 +44,7 @@ from state.process import killpoints
 from state.registry import manifest
 from state.registry.control import Control, named
 from state.registry.manifest import Manifest, sees
-from state.registry.registry import DURABLE, MANIFEST, Registry
+from state.registry.registry import DURABLE, MANIFEST, Registry, durable_folders
 
 SALT_OF = "salt"  # an extra of the stream's histories
 NEXT_TO_HISTORIES = (layout.WRITER, layout.LEADERS)
@@ -337,13 +337,7 @@ def cut(registry: Registry, newest_only: bool = False) -> RegistryCut:
 def list_folders(path: Path) -> list[str]:
     """The directories of durable versions, relative to the registry at `path`; quarantined ones are left out."""
     with usable(str(path), "be listed"):
-        return sorted(
-            f"{folder}/{version.name}"
-            for folder in DURABLE
-            if (path / folder).is_dir()
-            for version in (path / folder).iterdir()
-            if version.name.replace("-", "").isdecimal()
-        )
+        return durable_folders(path)
 
 
 def list_files(path: Path, generation: int) -> tuple[str, ...]:

@@ -93,7 +93,7 @@ class LogView:
 
 def view_of(settings: Settings, patience_s: float = ASK_KAFKA_S) -> LogView | None:
     """Requests the ends of both topics from Kafka; None if it does not answer in time or a topic does not exist."""
-    kafka = replace(settings.kafka, request_timeout_s=min(patience_s, settings.kafka.request_timeout_s))
+    kafka = settings.kafka.within(patience_s)
     try:
         log = open_log(replace(settings, kafka=kafka))
         topics = log.topics()

@@ -178,7 +178,7 @@ def _read_shown(settings: Settings) -> Shown:
 
 
 def _read_tail(settings: Settings, version: Manifest, until: Mapping[Source, int], line: LogLine) -> InFlight:
-    kafka = _quick(settings)
+    kafka = settings.kafka.within(LONGEST_S)
     partition, offset = version.log.partition, onward(line, version.log.next)
     with Topics(kafka) as topics:
         _, end = topics.ends(version.log.topic, committed_only=True)[partition]
@@ -195,10 +195,6 @@ def _read_tail(settings: Settings, version: Manifest, until: Mapping[Source, int
                 return InFlight(0, 0, version.marks, complete=False)
             batches.append(batch)
     return in_flight(batches, version.marks, until)
-
-
-def _quick(settings: Settings) -> Any:
-    return dataclasses.replace(settings.kafka, request_timeout_s=min(LONGEST_S, settings.kafka.request_timeout_s))
 
 
 def _settled(settings: Settings, version: Manifest) -> Stores:
@@ -280,7 +276,7 @@ def _broker(settings: Settings, counts: Counts, document: dict[str, Any]) -> lis
     if not counts:
         return []
     try:
-        with Topics(_quick(settings)) as topics:
+        with Topics(settings.kafka.within(LONGEST_S)) as topics:
             topic_id = topics.describe(settings.kafka.clicks_topic).topic_id
             ends = topics.ends(settings.kafka.clicks_topic)
     except SpringtideError as error:

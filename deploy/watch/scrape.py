@@ -15,7 +15,7 @@ from typing import Self
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from deploy.serving.requests.access import OPERATE, are_wanted, tokens_in
+from deploy.serving.requests.access import OPERATE, are_wanted, tokens_in, trusting
 from state.config.settings import Settings
 from state.errors import SettingsError
 from state.process import network
@@ -53,12 +53,7 @@ class Address(str):
         Raises:
             OSError: The certificate cannot be read.
         """
-        if self.certificate is None:
-            return None
-        context = ssl.create_default_context(cafile=self.certificate)
-        context.check_hostname = False
-        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-        return context
+        return None if self.certificate is None else trusting(self.certificate)
 
 
 def reached(host: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 from state.errors import SettingsError
@@ -105,6 +105,10 @@ class Kafka:
         help="Minimum in-sync replicas (`min.insync.replicas`) of the topics that Springtide creates; 0: the default of the cluster.",
     )
     retention_h: int = setting(168, "h", least=1, most=876_000, help="Retention of the topics that Springtide creates.")
+
+    def within(self, longest_s: float) -> Kafka:
+        """The same cluster, with requests that take at most this long."""
+        return replace(self, request_timeout_s=min(longest_s, self.request_timeout_s))
 
 
 @dataclass(frozen=True)

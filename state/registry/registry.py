@@ -61,6 +61,17 @@ _TICK_NS = 12_000_000
 _log = logging.getLogger(__name__)
 
 
+def durable_folders(path: Path) -> list[str]:
+    """The folders of durable versions, relative to the registry at `path`, ascending; those set aside are left out."""
+    return sorted(
+        f"{folder}/{version.name}"
+        for folder in DURABLE
+        if (path / folder).is_dir()
+        for version in (path / folder).iterdir()
+        if version.name.replace("-", "").isdecimal()
+    )
+
+
 class Chain(NamedTuple):
     """The parts of one version: a full state, and the later changes, oldest first."""
 

@@ -39,7 +39,7 @@ from state.process.environment import wall_ms
 from state.process.log_lines import SaidOnce
 from state.registry import sync
 from state.registry.directory import BINDING, RENEW_S, Binding, Claim, Silence, StandbyFile, bound, file_bytes, sharing
-from state.registry.registry import DURABLE, MOST_BETWEEN, Registry
+from state.registry.registry import MOST_BETWEEN, Registry, durable_folders
 from state.registry.sync import Copier, DurableSender, RecentSender
 
 EXCLUSIVE = "exclusive"
@@ -195,10 +195,7 @@ def _become_copy(path: Path, url: str, store: FileStore) -> None:
     registry = Registry(path)
     with sharing():
         catalog = sync.read_catalog(lambda: store.read(sync.CATALOG))
-    folders = [
-        folder for name in DURABLE for folder in (path / name).iterdir() if folder.name.replace("-", "").isdecimal()
-    ]
-    unsent = [folder for folder in folders if folder.relative_to(path).as_posix() not in catalog.folders]
+    unsent = [path / folder for folder in durable_folders(path) if folder not in catalog.folders]
     for folder in (*unsent, *(registry.folder("recent", number) for number in registry.recents())):
         registry.directory.remove_folder(folder)
     # All names are then compared with the store's again.

@@ -42,7 +42,7 @@ from state.registry import manifest
 from state.registry.controls import Controls
 from state.registry.directory import LEASE_S, Silence, file_bytes, sharing, stored_documents, usable
 from state.registry.hosts import GONE_S, RENEW_S, HostEntry
-from state.registry.registry import DURABLE, MANIFEST, RECENT_S, Registry
+from state.registry.registry import DURABLE, MANIFEST, RECENT_S, Registry, durable_folders
 
 CATALOG, RECENT, CLAIMS = "catalog.json", "recent", "trainers"
 SMALL = (layout.SPECS, layout.OUTCOMES, layout.BASELINES, layout.GAPS)
@@ -379,12 +379,10 @@ class DurableSender:
         """Folder -> mark of its manifest, for all local durable versions; from `known` for those not fetched yet."""
         marks = {}
         with usable("be listed"):
-            for folder in DURABLE:
-                for path in (self._path / folder).iterdir():
-                    name = f"{folder}/{path.name}"
-                    mark = (self._mark(path) or known.get(name)) if path.name.replace("-", "").isdecimal() else None
-                    if mark is not None and path.is_dir():
-                        marks[name] = mark
+            for name in durable_folders(self._path):
+                mark = self._mark(self._path / name) or known.get(name)
+                if mark is not None and (self._path / name).is_dir():
+                    marks[name] = mark
         self._marks = {name: mark for name, mark in self._marks.items() if name in marks}
         return marks
 

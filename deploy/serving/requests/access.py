@@ -93,6 +93,18 @@ class Certificate(_WatchedFiles):
         self.pem = key, cert
 
 
+def trusting(certificate: Path | str) -> ssl.SSLContext:
+    """Returns a client's context that trusts a server's own certificate, with any issuer and name.
+
+    Raises:
+        OSError: The certificate cannot be read.
+    """
+    context = ssl.create_default_context(cafile=certificate)
+    context.check_hostname = False
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    return context
+
+
 class Tokens(_WatchedFiles):
     """The tokens of a host, from a directory with one file per role.
 

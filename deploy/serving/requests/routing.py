@@ -31,6 +31,7 @@ import msgspec
 
 from deploy.serving.answers.host import Host
 from deploy.serving.host_files import ExposureSpool, name_of
+from deploy.serving.requests.access import trusting
 from deploy.serving.requests.http import JSON, Headers, Receive, Request, Response, header
 from deploy.serving.requests.parameters import MOST_PROFILES
 from state import layout
@@ -360,16 +361,6 @@ def address_of(settings: Settings) -> str:
     return f"{'https' if serving.tls_cert else 'http'}://{name}:{serving.port}"
 
 
-def verification(certificate: str) -> ssl.SSLContext | bool:
-    """Returns what hosts trust of each other: the certificate that they share, with any name; else the system's."""
-    if not certificate:
-        return True
-    context = ssl.create_default_context(cafile=certificate)
-    context.check_hostname = False
-    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-    return context
-
-
 @dataclass
 class _PendingBatch:
     """A batch that is being answered; `rows` are the rows so far, by their index in the batch."""
@@ -403,7 +394,9 @@ class Router:
         self._entry = HostEntry(name_of(settings.serving_dir), address_of(settings), str(host.shares), 0)
         self._pseudonym, self._forward_counts, self._unheld = pseudonyms(salt), metrics.forwarded, metrics.unheld_shares
         self._first_s = min(FIRST_S, serving.timeout_s)
-        self._forwarder = Forwarder(serving.timeout_s, verification(serving.tls_cert), transport)
+        # Hosts share a certificate; without one they trust the system's.
+        verify = trusting(serving.tls_cert) if serving.tls_cert else True
+        self._forwarder = Forwarder(serving.timeout_s, verify, transport)
         self.held, self.table = UserShares(0), RoutingTable()
         self._avoid_until_ms: dict[str, float] = {}
         self._renewed_ms, self._leaving = 0, False
