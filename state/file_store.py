@@ -9,13 +9,14 @@ and files larger than `PART_BYTES`, which are sent in parts. The caller decides 
 from __future__ import annotations
 
 import fcntl
+import functools
 import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, Protocol, TypeVar, cast
 
 from state.disk import files as durable
 from state.errors import SpringtideError, UnusablePlace, reason_of
@@ -35,6 +36,7 @@ PART_BYTES, PARTS_AT_ONCE = 5 * 1024 * 1024, 2
 """The smallest part that S3 accepts; each part has the time limit of a request, also over a slow link."""
 
 Answer = TypeVar("Answer")
+P = ParamSpec("P")
 
 
 class FileStore(Protocol):
@@ -291,53 +293,39 @@ class ObjectStore:
             ) from error
 
 
+def _counted(
+    operation: str, method: Callable[Concatenate[FileStore, P], Answer]
+) -> Callable[Concatenate[CountedStore, P], Answer]:
+    """Makes a method of `CountedStore` out of one of `FileStore`; `operation` is its label in the metrics."""
+
+    @functools.wraps(method)
+    def call(self: CountedStore, /, *args: P.args, **kwargs: P.kwargs) -> Answer:
+        self.metrics.requests.labels(operation).inc()
+        answer: Answer = getattr(self.store, method.__name__)(*args, **kwargs)
+        contents = answer if isinstance(answer, tuple) else (answer,)
+        self.metrics.bytes.labels("received").inc(sum(len(part) for part in contents if isinstance(part, bytes)))
+        self.metrics.bytes.labels("sent").inc(sum(len(part) for part in args if isinstance(part, bytes)))
+        return answer
+
+    return call
+
+
 class CountedStore:
-    """A `FileStore` that counts its requests, their failures, and the bytes transferred."""
+    """A `FileStore` that counts its requests and the bytes transferred.
+
+    A store that lists a thousand names per request may get more requests than are counted.
+    """
 
     def __init__(self, store: FileStore, metrics: SharedMetrics) -> None:
-        self._store, self._metrics = store, metrics
-        self.name = store.name
+        self.store, self.metrics, self.name = store, metrics, store.name
 
-    def names(self, folder: str) -> list[str]:
-        """See `FileStore`. A store that lists a thousand names per request may get more requests than are counted."""
-        return self._counted("list", lambda: self._store.names(folder))
-
-    def read(self, name: str) -> bytes:
-        """See `FileStore`."""
-        data = self._counted("get", lambda: self._store.read(name))
-        self._metrics.bytes.labels("received").inc(len(data))
-        return data
-
-    def write(self, name: str, data: bytes) -> None:
-        """See `FileStore`."""
-        self._counted("put", lambda: self._store.write(name, data))
-        self._metrics.bytes.labels("sent").inc(len(data))
-
-    def create(self, name: str, data: bytes) -> bool:
-        """See `FileStore`."""
-        created = self._counted("put", lambda: self._store.create(name, data))
-        self._metrics.bytes.labels("sent").inc(len(data))
-        return created
-
-    def tagged(self, name: str) -> tuple[bytes, str]:
-        """See `FileStore`."""
-        data, tag = self._counted("get", lambda: self._store.tagged(name))
-        self._metrics.bytes.labels("received").inc(len(data))
-        return data, tag
-
-    def swap(self, name: str, data: bytes, tag: str) -> str:
-        """See `FileStore`."""
-        new_tag = self._counted("put", lambda: self._store.swap(name, data, tag))
-        self._metrics.bytes.labels("sent").inc(len(data))
-        return new_tag
-
-    def remove(self, name: str) -> None:
-        """See `FileStore`."""
-        self._counted("delete", lambda: self._store.remove(name))
-
-    def _counted(self, operation: str, request: Callable[[], Answer]) -> Answer:
-        self._metrics.requests.labels(operation).inc()
-        return request()
+    names = _counted("list", FileStore.names)
+    read = _counted("get", FileStore.read)
+    write = _counted("put", FileStore.write)
+    create = _counted("put", FileStore.create)
+    tagged = _counted("get", FileStore.tagged)
+    swap = _counted("put", FileStore.swap)
+    remove = _counted("delete", FileStore.remove)
 
 
 _OF = " of version "
