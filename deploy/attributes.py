@@ -14,7 +14,6 @@ from typing import TextIO
 import numpy as np
 import orjson
 
-from deploy.command_line import run_command
 from deploy.replaying.sender import LARGEST_VALUE, Outbox, Piece, Progress, rows_within
 from state.attributes.values import SIDES, AttributeTable, id_of, tables_of
 from state.config.loading import load
@@ -24,7 +23,7 @@ from state.errors import DecodeError, SettingsError
 from state.log import Topics, topic_plan
 from state.process.commands import parser_of
 from state.process.environment import wall_ms
-from state.process.part import stop_on_signals
+from state.process.part import run_command, stop_on_signals
 from state.recordings.files import Recording, find
 from state.recordings.rows import RecordedRows, shown_reasons
 

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from deploy.command_line import run_command
 from deploy.formats import seconds
 from state.config.loading import load
 from state.config.settings import Settings
 from state.config.sources import split_settings
 from state.errors import SettingsError
 from state.process.commands import add_options, amount, parser_of
+from state.process.part import run_command
 from state.user_shares import SHARES
 
 SOURCE = Path(__file__).with_name("capacity.toml")

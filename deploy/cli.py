@@ -13,12 +13,13 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from deploy.command_line import OWN_HELP, PROCESSES, READERS, operation, parser, run_command, with_times
+from deploy.command_line import OWN_HELP, PROCESSES, READERS, operation, parser, with_times
 from state.config.loading import load
 from state.config.settings import SECTIONS, KnownSetting, Settings, as_text, known_settings, variable
 from state.config.sources import MASK, nearest, nearest_setting, split_settings
 from state.errors import SettingsError
 from state.process.environment import wall_ms
+from state.process.part import run_command
 from state.process.private_files import keep_private
 from state.process.user_code import for_children
 

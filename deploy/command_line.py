@@ -5,13 +5,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import re
-import sys
 from collections.abc import Callable, Sequence
 
 from state.config.settings import Settings
-from state.errors import SpringtideError, of_disk
 from state.process.commands import SETTINGS_HELP, RefusingParser, add_commands
-from state.process.part import while_read
 
 PROCESSES = {
     "up": "deploy.up",
@@ -68,30 +65,6 @@ def operation(name: str) -> Command:
     module, _, function = OPERATIONS[name].partition(":")
     command: Command = getattr(importlib.import_module(module), function)
     return command
-
-
-def run_command(program: str, work: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None) -> int:
-    """Runs a command and prints the error that ends it; returns the exit code.
-
-    Args:
-        program: Name of the command in its errors.
-        work: Runs the command with its arguments; returns the exit code, None for 0.
-        argv: The arguments; None for those of this process.
-    """
-
-    def run() -> int:
-        try:
-            return work(sys.argv[1:] if argv is None else argv) or 0
-        except BrokenPipeError:
-            raise
-        except (SpringtideError, OSError) as problem:
-            error = of_disk(problem)
-            print(f"{program}: {error}", file=sys.stderr, flush=True)
-            return error.exit_code
-        except KeyboardInterrupt:
-            return 1
-
-    return while_read(run)
 
 
 class _Version(argparse.Action):

@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 import httpx
 import numpy as np
 
-from deploy.command_line import run_command
 from deploy.replaying.sender import Outbox, Piece
 from deploy.serving.requests.access import READ, are_wanted, tokens_in
 from deploy.watch.scrape import serving_address
@@ -37,7 +36,7 @@ from state.process import log_lines
 from state.process.commands import parser_of
 from state.process.environment import wall_ms
 from state.process.log_lines import SaidOnce
-from state.process.part import stop_on_signals
+from state.process.part import run_command, stop_on_signals
 
 POLL_S = 0.02
 DECODER = "state.events.decoding:decode_json"

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from deploy.command_line import run_command
 from deploy.replaying.recording import (
     MAX,
     NAMED_LINES,
@@ -36,7 +35,7 @@ from state.errors import LogError, SettingsError
 from state.log import Topics, topic_plan
 from state.process.commands import parser_of
 from state.process.environment import wall_ms
-from state.process.part import stop_on_signals
+from state.process.part import run_command, stop_on_signals
 from state.recordings.files import as_settings, chosen, digest
 from state.recordings.rows import NO_TIME, as_utc, mapped_fields, shown_reasons
 

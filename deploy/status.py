@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from deploy import sections
-from deploy.command_line import run_command
 from deploy.formats import seconds
 from deploy.operate.control import current
 from deploy.operate.versions import open_registry
@@ -24,7 +23,7 @@ from state.config.settings import Settings
 from state.errors import SettingsError, SpringtideError
 from state.process.commands import parser_of
 from state.process.environment import wall_ms
-from state.process.part import stop_on_signals
+from state.process.part import run_command, stop_on_signals
 from state.registry.control import Control
 from state.registry.registry import Registry
 

@@ -24,7 +24,7 @@ from state.errors import SettingsError
 from state.process import log_lines
 from state.process.commands import parser_of
 from state.process.environment import wall_ms
-from state.process.part import quiet_stderr, run_command, stop_on_signals, while_read
+from state.process.part import quiet_stderr, run_tensorflow_command, stop_on_signals
 from state.recordings.files import as_settings, chosen
 
 if TYPE_CHECKING:
@@ -94,13 +94,13 @@ def run(options: argparse.Namespace, flags: Sequence[str], errors: TextIO) -> st
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
-    flags, words = split_settings(sys.argv[1:] if argv is None else argv)
 
-    def work(errors: TextIO) -> None:
+    def work(arguments: Sequence[str], errors: TextIO) -> None:
+        flags, words = split_settings(arguments)
         print(run(parser_of("evaluate").parse_args(words), flags, errors))
 
-    return run_command("evaluate", work)
+    return run_tensorflow_command("evaluate", work, argv)
 
 
 if __name__ == "__main__":
-    sys.exit(while_read(main))
+    sys.exit(main())

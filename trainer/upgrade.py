@@ -25,7 +25,7 @@ from state.features.spec import FeatureSpec
 from state.process import log_lines
 from state.process.commands import parser_of
 from state.process.environment import actor, wall_ms
-from state.process.part import quiet_stderr, run_command, while_read
+from state.process.part import quiet_stderr, run_tensorflow_command
 from state.process.private_files import keep_private
 from state.registry.control import Control, Decision
 from state.registry.manifest import Manifest
@@ -149,16 +149,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Does one upgrade; returns the exit code."""
     keep_private()
 
-    def work(errors: TextIO) -> None:
-        args, flags = parser_of("upgrade").parse_known_args(sys.argv[1:] if argv is None else argv)
+    def work(words: Sequence[str], errors: TextIO) -> None:
+        args, flags = parser_of("upgrade").parse_known_args(words)
         if not args.dry_run and not args.reason.strip():
             raise SettingsError("upgrade needs --reason TEXT, or --dry-run to see what it would do")
         settings, now_ms = load(flags, os.environ), wall_ms()
         log_lines.follow(settings.logs)
         run(settings, args.dry_run, args.from_scratch, args.reason, print, now_ms)
 
-    return run_command("upgrade", work)
+    return run_tensorflow_command("upgrade", work, argv)
 
 
 if __name__ == "__main__":
-    sys.exit(while_read(main))
+    sys.exit(main())

@@ -36,7 +36,7 @@ from state.log.follow import Position, open_topic
 from state.process import log_lines
 from state.process.commands import parser_of
 from state.process.environment import run_in_background
-from state.process.part import quiet_stderr, run_command, while_read
+from state.process.part import quiet_stderr, run_tensorflow_command
 from state.registry.control import Control
 from state.registry.manifest import Manifest, sees
 from state.registry.model_fit import environment_differences, first_after, former_specs
@@ -417,16 +417,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Verifies one version; returns the exit code."""
     run_in_background()
 
-    def work(errors: TextIO) -> int:
-        args, flags = parser_of("verify").parse_known_args(sys.argv[1:] if argv is None else argv)
+    def work(words: Sequence[str], errors: TextIO) -> int:
+        args, flags = parser_of("verify").parse_known_args(words)
         settings = load(flags, os.environ)
         log_lines.follow(settings.logs)
         comparison = run(settings, args.version, args.base, partial(print, file=errors, flush=True))
         print(json.dumps(comparison.document(), indent=2) if args.output == "json" else comparison.text())
         return 0 if comparison.outcome == "equal" else 1
 
-    return run_command("verify", work)
+    return run_tensorflow_command("verify", work, argv)
 
 
 if __name__ == "__main__":
-    sys.exit(while_read(main))
+    sys.exit(main())

@@ -18,7 +18,6 @@ from typing import Any
 import psutil
 from prometheus_client import CollectorRegistry
 
-from deploy.command_line import run_command
 from deploy.formats import seconds
 from deploy.java_jars import FLINK, merged_jar
 from deploy.startup.checks import require_disk
@@ -36,7 +35,7 @@ from state.metrics import SupervisorMetrics
 from state.process.commands import parser_of
 from state.process.environment import wall_ms
 from state.process.network import Port, free_port, listens, require_ports
-from state.process.part import Signals
+from state.process.part import Signals, run_command
 from state.process.private_files import keep_private
 from state.process.user_code import for_children
 

@@ -19,14 +19,14 @@ from msgspec.structs import replace as changed
 from deploy.formats import iso
 from deploy.operate import log_view
 from deploy.operate.control import Say, current
-from deploy.operate.masking import ids_in, pseudonyms
+from deploy.operate.masking import pseudonyms
 from deploy.operate.versions import open_registry, table
 from state import layout
 from state.attributes.values import id_of
 from state.config.settings import Settings
 from state.disk.lmdb_store import PAGES_MS
 from state.errors import DecodeError, LogError, MissingSalt, RegistryError, SettingsError, SpringtideError
-from state.events.identity import load_salt, user_id
+from state.events.identity import ids_in, load_salt, user_id
 from state.experiments.experiment import Experiments
 from state.features.erased import EVERYTHING, Erased, Erasure
 from state.file_store import FileStore

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, get_args
 
 from deploy.formats import iso, parse_times
 from state.config.settings import Settings
 from state.config.sources import UNITS_MS
 from state.errors import SaltMismatch, SettingsError
-from state.events.identity import load_salt, user_id
+from state.events.identity import ids_in, load_salt, user_id
 from state.features.erased import MaskedUsers
 from state.features.mask import Column, Mask, Named
 from state.registry.manifest import Manifest
 
-STDIN = Path("-")
 Ends = Mapping[int, tuple[int, int]]
 """Of the clicks topic: by partition, the first kept offset and the offset of the next record."""
 
@@ -131,22 +128,6 @@ def parse_pseudonym(text: str) -> int:
             "--skip-pseudonym: it does not have 16 hexadecimal digits", "copy it from `springtide jumps`"
         )
     return int(text, 16)
-
-
-def ids_in(file: Path, option: str) -> list[str]:
-    """Returns the user ids of a file with one id a line, each once; `-` reads standard input.
-
-    Raises:
-        SettingsError: The file cannot be read. The message names `option` and never quotes the file.
-    """
-    try:
-        text = sys.stdin.read() if file == STDIN else file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        problem = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
-        raise SettingsError(
-            f"{option} {file}: not readable ({problem})", "give a UTF-8 file with one user id a line"
-        ) from None
-    return list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
 
 
 def pseudonyms(settings: Settings, ids: Iterable[str], fingerprint: str) -> MaskedUsers:

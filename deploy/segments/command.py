@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
-from deploy.command_line import run_command
 from deploy.operate.versions import table
 from deploy.segments import process
 from deploy.segments.judging import open_host, open_segments
@@ -25,6 +24,7 @@ from state.disk import files as durable
 from state.errors import BadRequest, NotReady
 from state.process.commands import add_commands, parser_of
 from state.process.log_lines import ProgressLine, bar
+from state.process.part import run_command
 from state.segments import SegmentStore, all_members, segments_of
 
 LINE_EVERY_S = 5.0

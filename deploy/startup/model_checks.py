@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +10,13 @@ from pathlib import Path
 from state import layout
 from state.config.sections import Model
 from state.config.settings import Settings
-from state.errors import ModelMismatch, ProgramError, SettingsError, SpringtideError
+from state.errors import ModelMismatch, SpringtideError
 from state.features.spec import FeatureSpec
+from state.process.part import run_child
 from state.process.user_code import for_children
 from state.registry.model_fit import require_same_model, version_to_go_on_from
 from state.registry.registry import Registry
 
-WRONG_USE = 2
 FUNCTIONS = ("ranker", "tower", "preprocessing")
 """Settings of `[model]` that name a function."""
 
@@ -74,18 +72,7 @@ def run(module: str, settings: Settings, *words: str) -> str:
         ProgramError: The check ended with another nonzero status; the message is the check's.
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SPRINGTIDE_")}
-    child = subprocess.run(
-        [sys.executable, "-m", module, *words],
-        env=for_children(environment | settings.environment()),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if child.returncode == 0:
-        return child.stdout.strip()
-    lines = [line.strip() for line in child.stderr.splitlines() if line.strip()]
-    message = lines[-1].removeprefix("springtide: ") if lines else f"{module} ended with {child.returncode} in silence"
-    raise (SettingsError if child.returncode == WRONG_USE else ProgramError)(message)
+    return run_child(module, words, for_children(environment | settings.environment()))
 
 
 def upgrade_or_refuse(settings: Settings, reason: str | None, say: Callable[[str], None]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from state.errors import MissingSalt, SettingsError
 from state.process import private_files
 
 _BLOCK_BYTES = 64  # block size of SHA-256
+_STDIN = Path("-")
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +106,22 @@ def load_salt(path: Path, create: bool = True) -> Salt:
                 "made a new salt at %s: keep a copy, for without it stored users cannot be found again", path
             )
     return Salt(private_files.read_key(path, "the salt"))
+
+
+def ids_in(file: Path, option: str) -> list[str]:
+    """The ids in a file with one a line, each once; `-` reads standard input.
+
+    Raises:
+        SettingsError: The file cannot be read. The message names `option` and never quotes the file.
+    """
+    try:
+        text = sys.stdin.read() if file == _STDIN else file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        problem = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+        raise SettingsError(
+            f"{option} {file}: not readable ({problem})", "give a UTF-8 file with one id a line"
+        ) from None
+    return list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
 
 
 PREFIX = "springtide-probe-"

@@ -11,9 +11,10 @@ import logging
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -21,7 +22,7 @@ from typing import TextIO
 
 from state.config.loading import load
 from state.config.settings import Settings
-from state.errors import SpringtideError, of_disk
+from state.errors import ProgramError, SettingsError, SpringtideError, of_disk
 from state.process import log_lines
 from state.process.private_files import keep_private
 
@@ -91,20 +92,57 @@ def run_process(
         return 1
 
 
-def run_command(name: str, work: Callable[[TextIO], int | None]) -> int:
-    """Runs a command that loads TensorFlow, whose chatter is kept from the stream that `work` gets for standard error.
+def run_command(
+    program: str,
+    work: Callable[[Sequence[str]], int | None],
+    argv: Sequence[str] | None,
+    errors: TextIO | None = None,
+) -> int:
+    """Runs a command, and prints the error that ends it in one line; returns the exit code.
 
-    An error is written to it in one line. Returns the exit code.
+    The code is 0 if the reader of standard output closed the pipe. `head`, for example, closes it after ten lines.
+
+    Args:
+        program: Name of the command in its errors.
+        work: Runs the command with its arguments; returns the exit code, None for 0.
+        argv: The arguments; None for those of this process.
+        errors: Where the error is printed; None for standard error.
+    """
+
+    def run() -> int:
+        try:
+            return work(sys.argv[1:] if argv is None else argv) or 0
+        except BrokenPipeError:
+            raise
+        except (SpringtideError, OSError) as problem:
+            error = of_disk(problem)
+            print(f"{program}: {error}", file=errors or sys.stderr, flush=True)
+            return error.exit_code
+        except KeyboardInterrupt:
+            return 1
+
+    try:
+        code = run()
+        # Flushes here, where a broken pipe can be caught, rather than at Python's exit.
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes again at its exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code
+
+
+def run_tensorflow_command(
+    name: str, work: Callable[[Sequence[str], TextIO], int | None], argv: Sequence[str] | None
+) -> int:
+    """Runs a command that loads TensorFlow; returns the exit code.
+
+    TensorFlow's chatter is kept from the stream that `work` gets for standard error. Log lines have the `name`.
     """
     with own_stderr() as errors:
         log_lines.begin(name, errors, logging.WARNING)
         quiet_tensorflow(os.environ)
-        try:
-            return work(errors) or 0
-        except (SpringtideError, OSError) as problem:
-            error = of_disk(problem)
-            print(f"springtide: {error}", file=errors, flush=True)
-            return error.exit_code
+        return run_command("springtide", lambda words: work(words, errors), argv, errors)
 
 
 def run_check(argv: Sequence[str] | None, option: str, check: Check) -> int:
@@ -112,21 +150,34 @@ def run_check(argv: Sequence[str] | None, option: str, check: Check) -> int:
 
     Prints the check's result, one line, or its error to standard error.
     """
-    quiet_tensorflow(os.environ)
-    errors = own_stderr()
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument(option, dest="folder", type=Path)
-    args, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-    try:
+
+    def work(words: Sequence[str], errors: TextIO) -> None:
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        parser.add_argument(option, dest="folder", type=Path)
+        args, flags = parser.parse_known_args(words)
         settings = load(flags, os.environ)
         with quiet_stderr():
             result = check(settings, args.folder)
-    except (SpringtideError, OSError) as problem:
-        error = of_disk(problem)
-        print(error, file=errors)
-        return error.exit_code
-    print(result)
-    return 0
+        print(result)
+
+    return run_tensorflow_command("check", work, argv)
+
+
+def run_child(module: str, words: Sequence[str], environment: Mapping[str, str]) -> str:
+    """Runs a module as a command in a process of its own; returns its output.
+
+    Raises:
+        SettingsError: It ended with status 2; the message is its own.
+        ProgramError: It ended with another status than 0; the message is its own.
+    """
+    child = subprocess.run(
+        [sys.executable, "-m", module, *words], env=environment, capture_output=True, text=True, check=False
+    )
+    if child.returncode == 0:
+        return child.stdout.strip()
+    lines = [line.strip() for line in child.stderr.splitlines() if line.strip()]
+    message = lines[-1].removeprefix("springtide: ") if lines else f"{module} ended with {child.returncode} in silence"
+    raise (SettingsError if child.returncode == SettingsError.exit_code else ProgramError)(message)
 
 
 def stop_on_signals() -> threading.Event:
@@ -182,22 +233,6 @@ def reported(work: Callable[[], int | None], logger: logging.Logger) -> int:
         error = of_disk(problem)
         logger.error("%s: %s", type(error).__name__, error)
         return error.exit_code
-
-
-def while_read(main: Callable[[], int]) -> int:
-    """Runs a command that prints to standard output; returns its exit code, or 0 if the reader closed the pipe.
-
-    `head`, for example, closes the pipe after ten lines.
-    """
-    try:
-        code = main()
-        # Flushes here, where a broken pipe can be caught, rather than at Python's exit.
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Python flushes again at its exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    return code
 
 
 def is_talk(line: bytes) -> bool:

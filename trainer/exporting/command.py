@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -15,15 +14,15 @@ from typing import TextIO
 from state.config.loading import load
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
-from state.errors import ProgramError, RegistryError, SaltMismatch, SettingsError, UnknownVersion
-from state.events.identity import load_salt
+from state.errors import RegistryError, SaltMismatch, SettingsError, UnknownVersion
+from state.events.identity import ids_in, load_salt, user_id
 from state.features.spec import FeatureSpec
 from state.layout import VERSIONS
 from state.log import Log
 from state.process import log_lines
 from state.process.commands import parser_of
 from state.process.environment import run_in_background
-from state.process.part import quiet_stderr, run_command, while_read
+from state.process.part import quiet_stderr, run_child, run_tensorflow_command
 from state.process.private_files import keep_private
 from state.registry.registry import Registry
 from trainer import device
@@ -54,16 +53,7 @@ def answers_of(settings: Settings, version: int, users: Path, items: Path | None
         path = Path(folder) / "answers.npz"
         words = ["--version", str(version), "--users", str(users), "--to", str(path)]
         words += [] if items is None else ["--items", str(items)]
-        process = subprocess.run(
-            [sys.executable, "-m", "deploy.serving.answers.known_answers", *words],
-            env=os.environ | settings.environment(),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if process.returncode:
-            lines = process.stderr.strip().splitlines() or [f"the answers ended with {process.returncode} in silence"]
-            raise (SettingsError if process.returncode == 2 else ProgramError)(lines[-1].removeprefix("springtide: "))
+        run_child("deploy.serving.answers.known_answers", words, os.environ | settings.environment())
         return path.read_bytes()
 
 
@@ -90,11 +80,12 @@ def run(settings: Settings, args: argparse.Namespace) -> None:
     with quiet_stderr():
         from trainer.engine.step import Trainer
         from trainer.exporting import exporting, saved_model
-        from trainer.exporting.device_file import read_users
         from trainer.exporting.saved_model import KnownAnswers
         from trainer.model.preprocessing import preprocessing_of
 
-        chosen = read_users(args.users, users) if users is not None and args.tflite else []
+        chosen = []
+        if users is not None and args.tflite:
+            chosen = [user_id(users, plain) for plain in ids_in(args.users, "--users")]
         # The trainer runs at the same time and owns the GPU.
         settings = replace(settings, trainer=replace(settings.trainer, device="cpu"))
         device.prepare(settings.trainer.device, settings.trainer.threads)
@@ -120,14 +111,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_private()
     run_in_background()
 
-    def work(errors: TextIO) -> None:
-        args, flags = parser_of("export").parse_known_args(sys.argv[1:] if argv is None else argv)
+    def work(words: Sequence[str], errors: TextIO) -> None:
+        args, flags = parser_of("export").parse_known_args(words)
         settings = load(flags, os.environ)
         log_lines.follow(settings.logs)
         run(settings, args)
 
-    return run_command("export", work)
+    return run_tensorflow_command("export", work, argv)
 
 
 if __name__ == "__main__":
-    sys.exit(while_read(main))
+    sys.exit(main())

@@ -24,8 +24,6 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from state.errors import SettingsError
-from state.events.identity import Salt, user_id
 from state.lowering import Quantize, lower_saved_model
 from trainer.engine.step import Trainer
 from trainer.exporting.saved_model import RAW, raw_signature
@@ -122,21 +120,6 @@ def with_lists(program: bytes, rows: Mapping[str, ChosenRows], manifest: Mapping
             archive.writestr(f"rows/{table}.txt", "\n".join(lines) + "\n")
         archive.writestr("version.json", json.dumps(manifest, indent=1))
     return file.getvalue()
-
-
-def read_users(path: Path, salt: Salt) -> list[int]:
-    """The pseudonyms of the users in a file, which has one raw id a line; empty lines are ignored.
-
-    Raises:
-        SettingsError: The file cannot be read.
-    """
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(
-            f"the users in {path} cannot be read ({error})", "name a file with one user id a line"
-        ) from error
-    return [user_id(salt, line.strip()) for line in lines if line.strip()]
 
 
 def choose(trainer: Trainer, users: Sequence[int], most: int) -> dict[str, ChosenRows]:

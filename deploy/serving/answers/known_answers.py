@@ -22,24 +22,14 @@ from deploy.serving.answers.query import NOBODY, Query
 from deploy.serving.answers.queue import MOST_AT_ONCE
 from deploy.serving.answers.tensor_model import BY_ID, VECTOR, signatures_of, tensors_of
 from state.config.loading import load
-from state.errors import SettingsError, SpringtideError, of_disk
-from state.events.identity import load_salt
+from state.errors import SettingsError
+from state.events.identity import ids_in, load_salt
 from state.process.environment import wall_ms
+from state.process.part import run_command
 from state.process.private_files import keep_private
 from state.rows.reader import RowReader
 
 MOST_PAIRS = 1_000_000
-
-
-def read_ids(path: Path | None) -> list[str]:
-    """Reads the distinct ids in a file, one per line, without empty lines; raises SettingsError if it cannot be read."""
-    if path is None:
-        return []
-    try:
-        lines = [line.strip() for line in path.read_text().splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path} cannot be read ({error})", "name a file with one id a line") from error
-    return [*dict.fromkeys(line for line in lines if line)]
 
 
 def answers(predictor: Predictor, number: int, users: Sequence[str], items: Sequence[str]) -> bytes:
@@ -91,25 +81,23 @@ def _answered(predictor: Predictor, reader: RowReader, number: int, queries: Seq
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     keep_private()
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--users", type=Path, required=True)
-    parser.add_argument("--items", type=Path)
-    parser.add_argument("--version", type=int, required=True)
-    parser.add_argument("--to", type=Path, required=True)
-    args, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-    try:
+
+    def work(words: Sequence[str]) -> None:
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        parser.add_argument("--users", type=Path, required=True)
+        parser.add_argument("--items", type=Path)
+        parser.add_argument("--version", type=int, required=True)
+        parser.add_argument("--to", type=Path, required=True)
+        args, flags = parser.parse_known_args(words)
         settings = load(flags, os.environ)
-        users, items = read_ids(args.users), read_ids(args.items)
+        users, items = ids_in(args.users, "--users"), [] if args.items is None else ids_in(args.items, "--items")
         host = Host(settings, load_salt(settings.salt_path, create=False), wall_ms)
         try:
             args.to.write_bytes(answers(host.predictor(), args.version, users, items))
         finally:
             host.close()
-    except (SpringtideError, OSError) as problem:
-        error = of_disk(problem)
-        print(f"springtide: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+
+    return run_command("springtide", work, argv)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from deploy.serving.answers.program import LoadedProgram
 from deploy.serving.answers.query import Query
 from deploy.serving.answers.tensor_model import BY_ID, VECTOR, signatures_of, tensors_of
 from state.errors import ProgramError, SettingsError, UnknownVersion
-from state.events.identity import Salt, user_id
+from state.events.identity import Salt, ids_in, user_id
 from state.layout import REGISTRY
 from state.ranking.crosses import with_network_share
 from state.registry.control import pin
@@ -32,7 +32,7 @@ from tests.trainer.clicks import SMALL, SPEC, microbatch, small_settings
 from tests.trainer.logs import ABOUT, learner, run_to_end, started, write_transform, written
 from trainer.engine.step import Trainer
 from trainer.exporting import command, device_file, exporting, saved_model
-from trainer.exporting.device_file import Quantize, choose, read_users
+from trainer.exporting.device_file import Quantize, choose
 from trainer.exporting.exporting import agreement
 from trainer.exporting.saved_model import KnownAnswers
 from trainer.model.preprocessing import preprocessing_of
@@ -184,8 +184,8 @@ def test_only_chosen_rows_are_aboard(stocked: Stocked, tmp_path: Path) -> None:
     trainer, known = stocked.of.trainer, stocked.of.trainer.tables["user"].state()
     listed = tmp_path / "users"
     listed.write_text("ann\n\n bob \n")
-    ann, bob = user_id(SALT, "ann"), user_id(SALT, "bob")
-    assert read_users(listed, SALT) == [ann, bob]
+    assert ids_in(listed, "--users") == ["ann", "bob"]
+    ann = user_id(SALT, "ann")
     rows = choose(trainer, [ann, int(known.ids[3])], 7)
     assert rows["user"].ids.tolist() == [ann, known.ids[3]] and not rows["user"].rows[0].any()
     np.testing.assert_array_equal(rows["user"].rows[1], known.rows[3])
@@ -193,8 +193,8 @@ def test_only_chosen_rows_are_aboard(stocked: Stocked, tmp_path: Path) -> None:
     assert len(rows["item"].ids) == 7
     left_out = ~np.isin(items.ids, rows["item"].ids)
     assert items.last_seen_ms[~left_out].min() >= items.last_seen_ms[left_out].max()
-    with pytest.raises(SettingsError, match="one user id a line"):
-        read_users(tmp_path / "none", SALT)
+    with pytest.raises(SettingsError, match="one id a line"):
+        ids_in(tmp_path / "none", "--users")
 
 
 def test_the_command_exports_what_answers_use(
