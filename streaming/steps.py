@@ -24,9 +24,9 @@ from state.positions import Source
 from state.process.environment import wall_ms
 from streaming.alignment import AlignedReader
 from streaming.context import JobContext, StreamContext
-from streaming.rows import Rows
+from streaming.rows import Rows, poll_interval_ms
 
-POLL_S = 0.05  # how long a poll waits for clicks; also the longest interval of polls at the end of the log
+POLL_S = 0.05  # how long a poll waits for clicks
 
 Context = TypeVar("Context", covariant=True)
 Owned = TypeVar("Owned")
@@ -262,6 +262,7 @@ class ReadClicks(Step[StreamContext]):
         """Polls until the process was asked to stop, or control has changed."""
         context = self.handle.context
         clicks, stream = ClickReader(context), context.settings.stream
+        interval_s = poll_interval_ms(stream.cut_ms) / 1000
         while tracker.try_claim(context.stopping.is_set() or context.watch.changed()):
             polled_s = time.perf_counter()
             with self.handle.watched():
@@ -272,7 +273,5 @@ class ReadClicks(Step[StreamContext]):
             busy_s = time.perf_counter() - begun_s
             context.metrics.busy_seconds.inc(busy_s)
             if 0 < sum(map(len, batches)) < stream.cut_rows:
-                # At the end of the log a poll returns with the next click. A poll and its steps cost the same for one
-                # click as for fifty, so this waits for more clicks. The second of two polls ends a micro-batch.
-                interval_s = min(POLL_S, stream.cut_ms / 2000)
+                # At the end of the log a poll returns with the next click, so this waits for more clicks.
                 context.stopping.wait(max(0.0, interval_s - (time.perf_counter() - polled_s)))
