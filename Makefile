@@ -58,9 +58,7 @@ types: .venv/ready-dev
 	@$(BIN)/mypy
 	@$(BIN)/mypy --python-version 3.10 springtide_client
 
-# On a new machine one process compiles all tests before several would compile them at once; the run reports its errors.
 pytest: .venv/ready-dev
-	@ls tests/__pycache__/conftest.*.pyc >/dev/null 2>&1 || $(BIN)/python -m pytest --collect-only -qq >/dev/null || true
 	@$(PYTEST) $(ARGS)
 
 debian: venv ## Fetches what only tests need, where it is missing and may be: Debian's Prometheus and Chromium.
