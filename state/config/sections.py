@@ -236,7 +236,7 @@ class Features:
         "events",
         least=0,
         most=4096,
-        help="Number of a user's latest events in each example, for a custom ranker; 0: none.",
+        help="Number of a user's latest events in each example, for a custom ranker and for crosses (the items of three); 0: none.",
     )
 
 

@@ -19,12 +19,16 @@ Their errors differ, so a mixture of both is more accurate than either. The cros
 The shares are also learned, one pair for each name of a cross. One more share, at first 1, multiplies the rest of the
 logit, which is the network's part: how much a log with labels needs of it differs from log to log.
 
-    alone       user, item, category, each context field, each attribute of user and item, each answer
+    alone       user, item, category, each context field, each attribute of user and item, each answer, each latest item
     with user   item, category, each context field, each attribute of the item
     in context  each context field with category and with each attribute of the item
 
 An answer is a banded summary of the user's labels and events so far. Examples are the number of positive impressions
 among all impressions, or that this event is the third of a session. A missing value (id 0) removes its crosses.
+
+The latest items are the items of the user's latest events, if examples contain them (`features.sequence`). Most users have
+few labels, and what they were shown says more about them. An item has the same two numbers wherever it is among the latest
+items, and each place has its own shares.
 """
 
 from __future__ import annotations
@@ -59,6 +63,9 @@ session               events of the session so far
 days                  days with an event
 """
 
+LATEST_ITEMS = 3
+"""At most so many latest items are crosses; `features.sequence` may be less."""
+
 WIDTH = 2
 """Learned numbers of a cross: weight and marginal logit."""
 
@@ -77,6 +84,7 @@ class Values(NamedTuple):
         user_attributes: `[n, Au]` uint64.
         item_attributes: `[n, Ai]` uint64.
         features: `[n, D]` uint16, as the feature spec names them.
+        latest_items: `[n, T]` uint64, items of the user's latest events, newest first; T is `sequence` of the spec.
     """
 
     user: U64
@@ -86,6 +94,7 @@ class Values(NamedTuple):
     user_attributes: U64
     item_attributes: U64
     features: U16
+    latest_items: U64
 
 
 @inlined
@@ -173,7 +182,7 @@ class Crosses:
     """The crosses of rows with given columns.
 
     Args:
-        spec: Feature spec, which names the features.
+        spec: Feature spec, which names the features and sets how many latest items there are.
         context: Names of the context fields.
         users: Names of the users' attributes.
         items: Names of the items' attributes.
@@ -199,6 +208,8 @@ class Crosses:
         kinds |= {f"user.{name}": "user attribute" for name in users}
         kinds |= {f"item.{name}": "item attribute" for name in items}
         kinds |= {f"answer.{name}": name for name in ANSWERS}
+        self._latest_items = min(spec.sequence, LATEST_ITEMS)
+        kinds |= {f"latest item.{place}": "latest item" for place in range(1, self._latest_items + 1)}
         things = [name for name, kind in kinds.items() if kind in ("category", "item attribute")]
         contexts = [name for name, kind in kinds.items() if kind == "context"]
         paired = [("user", name) for name in ("item", "category", *contexts, *things[1:])]
@@ -209,7 +220,10 @@ class Crosses:
         self.kinds = (*kinds.values(), *(f"{kinds[one]}*{kinds[other]}" for one, other in paired))
         self._width = len(kinds)
         self._pairs: I32 = np.array([[place[one], place[other]] for one, other in alone + paired], np.int32)
-        self._salts = _hashed("cross", self.names)
+        salted = [
+            "latest item" if kind == "latest item" else name for name, kind in zip(self.names, self.kinds, strict=True)
+        ]
+        self._salts = _hashed("cross", salted)
         # No name of a cross is empty.
         self.shares = _hashed("cross share", (*self.names, ""))
         counted, decayed = len(spec.windows_s) - 1, len(spec.windows_s) + len(spec.half_lives_s) - 1
@@ -238,6 +252,8 @@ class Crosses:
             values[:, at : at + columns.shape[1]] = columns
             at += columns.shape[1]
         _answers(read_only(rows.features), self._places, at, values)
+        at += len(ANSWERS)
+        values[:, at:] = rows.latest_items[:, : self._latest_items]
         found = np.empty((count, len(self)), np.uint64)
         _cross(values, self._pairs, self._salts, found)
         return found
@@ -250,7 +266,8 @@ class Crosses:
         >>> crosses, values = Crosses(FeatureSpec(), ("tab",)), np.arange(2, 9, dtype=np.uint64)
         >>> found = crosses.of_user(1, values[:2], values[2:3], values[3:5])
         >>> one = Values(*(np.full(1, value, np.uint64) for value in (1, 3, 4)), np.full((1, 1), 6, np.uint64),
-        ...     *(np.zeros((1, 0), np.uint64),) * 2, np.zeros((1, len(FeatureSpec().names)), np.uint16))
+        ...     *(np.zeros((1, 0), np.uint64),) * 2, np.zeros((1, len(FeatureSpec().names)), np.uint16),
+        ...     np.zeros((1, 0), np.uint64))
         >>> mine = [place for place, name in enumerate(crosses.names) if name.startswith("user")]
         >>> len(found), set(crosses.ids(one)[0, mine].tolist()) <= set(found.tolist())
         (6, True)

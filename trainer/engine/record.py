@@ -95,7 +95,17 @@ class Recorder:
             return np.zeros((len(batch), 0), np.uint64)
         rows = batch.take(is_labelled)
         users, items = self._columns.users_of(rows), self._columns.items_of(rows)
-        ids = self._crosses.ids(Values(rows.user, rows.item, rows.category, rows.context, users, items, rows.features))
+        values = Values(
+            rows.user,
+            rows.item,
+            rows.category,
+            rows.context,
+            users,
+            items,
+            rows.features,
+            rows.sequence_items,
+        )
+        ids = self._crosses.ids(values)
         if self._learned is not None:
             ids = np.ascontiguousarray(ids[:, self._learned])
         if len(rows) == len(batch):

@@ -82,7 +82,16 @@ def _replayed(trainer: Trainer, batches: Sequence[MicroBatch]) -> tuple[dict[str
         none = np.zeros((len(batch), 0), np.uint64)
         record = recorder.record(batch, none, popular, trainer.transitions, (0, 0))
         users, items = columns.users_of(batch), columns.items_of(batch)
-        pairs = Values(batch.user, batch.item, batch.category, batch.context, users, items, batch.features)
+        pairs = Values(
+            batch.user,
+            batch.item,
+            batch.category,
+            batch.context,
+            users,
+            items,
+            batch.features,
+            batch.sequence_items,
+        )
         crosses = logits_of(looked_up(CROSS, trainer.crosses.ids(pairs)), looked_up(CROSS, trainer.crosses.shares)[:-1])
         pieces.append((record.ids, {**record.values, "cross": crosses}))
     ids: dict[str, U64] = {

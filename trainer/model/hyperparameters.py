@@ -129,6 +129,7 @@ class Hyperparameters:
             "pause before": 15.0,
             "session": 15.0,
             "days": 15.0,
+            "latest item": 30.0,
             "user*item": 0.3,
             "user*category": 20.0,
             "user*context": 8.0,

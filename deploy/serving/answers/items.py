@@ -208,7 +208,8 @@ class UserPairs:
         )
         logits += item_rows(rows, questions) @ query
         if version.cross_shares.size:
-            logits += cross_logits(rows, questions, self._vectors(len(questions)).features)
+            vectors = self._vectors(len(questions))
+            logits += cross_logits(rows, questions, vectors.features, vectors.sequence_items)
         return logits
 
     def _engagement(self, questions: Sequence[Asked], size: int) -> F32:
@@ -218,7 +219,7 @@ class UserPairs:
         for name in ITEM_INPUTS:
             if name in inputs:
                 inputs[name][:] = 0.0
-        add_items(inputs, version, rows, questions, vectors.features)
+        add_items(inputs, version, rows, questions, vectors)
         if version.own:
             add_own_rows(inputs, version, rows, questions, vectors, np.repeat(self._prepared.successors, count, 0))
         return version.predict(inputs)["engagement_logit"][:count].reshape(count).copy()

@@ -429,7 +429,7 @@ def _program_inputs(
             _add_sequence(inputs, row_number, vectors, rows)
         if "context_row" in inputs:
             _add_context(inputs, row_number, question, rows)
-    add_items(inputs, version, rows, questions, vectors.features)
+    add_items(inputs, version, rows, questions, vectors)
     return inputs, has_row
 
 
@@ -445,9 +445,9 @@ def _mask_popular(recent: U64, popular: U64, mask: F32) -> None:
 
 
 def add_items(
-    inputs: Inputs, version: LoadedVersion, rows: VersionRows, questions: Sequence[Asked], features: NDArray[np.uint16]
+    inputs: Inputs, version: LoadedVersion, rows: VersionRows, questions: Sequence[Asked], vectors: Vector
 ) -> None:
-    """Adds the inputs for the item of each query that has one. `features`: `[n, D]` uint16."""
+    """Adds the inputs for the item of each query that has one. `vectors`: those of the n queries' users."""
     with_item = [row for row, question in enumerate(questions) if question.query.item is not None]
     if with_item and "item_row" in inputs:
         inputs["item_row"][with_item] = item_rows(rows, [questions[row] for row in with_item])
@@ -455,7 +455,8 @@ def add_items(
     if named and "category_row" in inputs:
         inputs["category_row"][named] = rows.categories([questions[row].category for row in named])
     if with_item and "cross" in inputs and version.cross_shares.size:
-        inputs["cross"][with_item] = cross_logits(rows, [questions[row] for row in with_item], features[with_item])
+        features, latest_items = vectors.features[with_item], vectors.sequence_items[with_item]
+        inputs["cross"][with_item] = cross_logits(rows, [questions[row] for row in with_item], features, latest_items)
 
 
 def item_rows(rows: VersionRows, questions: Sequence[Asked]) -> F32:
@@ -469,10 +470,10 @@ def item_rows(rows: VersionRows, questions: Sequence[Asked]) -> F32:
     return item_vectors
 
 
-def cross_logits(rows: VersionRows, questions: Sequence[Asked], features: NDArray[np.uint16]) -> F32:
+def cross_logits(rows: VersionRows, questions: Sequence[Asked], features: NDArray[np.uint16], latest_items: U64) -> F32:
     """Returns the cross logits of n user-item pairs, `[n]` float32. The version must have learned crosses.
 
-    `features` are those of the users, `[n, D]` uint16.
+    Of the users, `features` are `[n, D]` uint16, and `latest_items`, `[n, T]` uint64, the items of their latest events.
     """
     return rows.cross_logits(
         Values(
@@ -483,6 +484,7 @@ def cross_logits(rows: VersionRows, questions: Sequence[Asked], features: NDArra
             user_attributes=_table([question.user_attributes.ids for question in questions]),
             item_attributes=_table([question.item_attributes.ids for question in questions]),
             features=features,
+            latest_items=latest_items,
         )
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,13 +19,24 @@ from tests.vectors import vectorise
 SPEC = FeatureSpec()
 
 
-def ids_of(stores: Stores, user: str, item: str, category: str, tab: str | None) -> np.ndarray[Any, Any]:
+def ids_of(
+    stores: Stores, user: str, item: str, category: str, tab: str | None, spec: FeatureSpec = SPEC
+) -> np.ndarray[Any, Any]:
     one = user_id(Salt(SALT_KEY), user)
-    vector = vectorise(stores.histories.read(one), NOW_MS, None, Mask.NONE, SPEC)
+    vector = vectorise(stores.histories.read(one), NOW_MS, None, Mask.NONE, spec)
     none, context = np.zeros((1, 0), np.uint64), 0 if tab is None else context_id("tab", tab)
     user_, item_, category_ = (np.array([name], np.uint64) for name in (one, public_id(item), public_id(category)))
-    values = Values(user_, item_, category_, np.array([[context]], np.uint64), none, none, vector.features[None])
-    found: np.ndarray[Any, Any] = Crosses(SPEC, ("tab",)).ids(values)[0]
+    values = Values(
+        user_,
+        item_,
+        category_,
+        np.array([[context]], np.uint64),
+        none,
+        none,
+        vector.features[None],
+        vector.sequence_items[None],
+    )
+    found: np.ndarray[Any, Any] = Crosses(spec, ("tab",)).ids(values)[0]
     return found
 
 
@@ -89,3 +101,29 @@ def test_a_version_that_has_learned_no_cross_is_answered_without(stores: Stores)
     before = logit(stores, "ann", item="i1")
     learn(stores, 2, np.empty(0, np.uint64), np.empty((0, 2), np.float32))
     assert logit(stores, "ann", item="i1") == pytest.approx(before, abs=1e-6)
+
+
+def test_latest_items_count_in_answers_about_one_item_and_about_many(stores: Stores) -> None:
+    spec = replace(SPEC, sequence=2)
+    ids = ids_of(stores, "ann", "i1", "hats", "3", spec)
+    names = Crosses(spec, ("tab",)).names
+    latest = [names.index(f"latest item.{place}") for place in (1, 2)]
+    assert (ids[latest] != 0).all()
+    made = tensors(stores.lowered, 2, {}, ["tea", "shoes"])
+    made |= {"cross.ids": ids[latest], "cross.removed": np.empty(0, np.uint64)}
+    made["cross.rows"] = np.array([[0.8, 0.0], [-0.2, 0.0]], np.float32)
+    features = replace(stores.settings.features, sequence=2)
+
+    def asked() -> list[float]:
+        answering = predictor(stores, context=("tab",), features=features)
+        answers = answering.profiles([Q("bob", "i1"), Q("ann", "i1", context={"tab": "3"})])
+        found = [one.engagement.probability for one in answers if one.engagement is not None]
+        return [float(np.log(chance / (1 - chance))) for chance in found]
+
+    digest = digest_of(stores.lowered)
+    stores.rows.apply(replace(manifest(2, digest, parent=1), spec=spec.digest), made, NOW_MS, follow=True)
+    after = asked()
+    made["cross.rows"] = np.zeros((2, 2), np.float32)
+    stores.rows.apply(replace(manifest(3, digest, parent=2), spec=spec.digest), made, NOW_MS, follow=True)
+    before = asked()
+    assert after == pytest.approx([before[0], before[1] + 0.3], abs=1e-4)

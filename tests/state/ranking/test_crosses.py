@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -10,6 +12,7 @@ from state.ranking.crosses import ANSWERS, Crosses, Values, logits_of
 
 SPEC = FeatureSpec()
 CROSSES = Crosses(SPEC, ("tab",), ("age",), ("author", "length"))
+WITH_EVENTS = Crosses(dataclasses.replace(SPEC, sequence=4), ("tab",), ("age",), ("author", "length"))
 
 
 GOLDEN = {
@@ -36,7 +39,8 @@ def rows(count: int = 6, seed: int = 0) -> Values:
         return rng.integers(1, 2**63, shape).astype(np.uint64)
 
     features = rng.integers(0, 3000, (count, len(SPEC.names))).astype(np.uint16)
-    return Values(ids(count), ids(count), ids(count), ids(count, 1), ids(count, 1), ids(count, 2), features)
+    none = np.zeros((count, 0), np.uint64)
+    return Values(ids(count), ids(count), ids(count), ids(count, 1), ids(count, 1), ids(count, 2), features, none)
 
 
 def column(values: Values, name: str) -> np.ndarray[tuple[int, ...], np.dtype[np.uint64]]:
@@ -48,6 +52,7 @@ def test_ids_are_those_of_every_release() -> None:
     one = Values(
         np.array([1], np.uint64), np.array([2], np.uint64), np.array([3], np.uint64), np.array([[4]], np.uint64),
         np.array([[5]], np.uint64), np.array([[6, 7]], np.uint64), np.arange(len(SPEC.names), dtype=np.uint16)[None] * 9,
+        np.zeros((1, 0), np.uint64),
     )  # fmt: skip
     found = dict(zip(CROSSES.names, (f"{name:016x}" for name in CROSSES.ids(one)[0].tolist()), strict=True))
     assert {name: found[name] for name in GOLDEN} == GOLDEN
@@ -113,8 +118,34 @@ def test_answers_follow_the_labels_so_far() -> None:
     for feature, changes in (("positive.decayed_3d", 2), ("positive.count_7d", 1), ("labelled.count_7d", 2)):
         features = values.features.copy()
         features[:, SPEC.names.index(feature)] = 1
-        before = Values(*values[:-1], features)
+        before = values._replace(features=features)
         features = features.copy()
         features[:, SPEC.names.index(feature)] = 700
         after = before._replace(features=features)
         assert sum((column(before, name) != column(after, name)).all() for name in names) == changes
+
+
+def test_latest_items_are_crosses_only_if_examples_contain_them_and_change_no_other_id() -> None:
+    values = rows()
+    latest = np.arange(1, 25, dtype=np.uint64).reshape(6, 4)
+    latest[2:, 1:] = 0
+    found = WITH_EVENTS.ids(values._replace(latest_items=latest))
+    names = [f"latest item.{place}" for place in (1, 2, 3)]
+    assert [name for name in WITH_EVENTS.names if name not in CROSSES.names] == names
+    others = [WITH_EVENTS.names.index(name) for name in CROSSES.names]
+    assert (found[:, others] == CROSSES.ids(values)).all()
+    mine = found[:, [WITH_EVENTS.names.index(name) for name in names]]
+    assert len(np.unique(mine[mine != 0])) == 10
+    assert ((mine != 0) == (latest[:, :3] != 0)).all(), "a user without so many events has none"
+    moved = WITH_EVENTS.ids(values._replace(latest_items=np.roll(latest, 1, 1)))
+    at = [WITH_EVENTS.names.index(name) for name in names]
+    assert (moved[:2, at[1:]] == mine[:2, :2]).all(), "an item has the same cross in every place"
+    one = Crosses(dataclasses.replace(SPEC, sequence=1), ("tab",), ("age",), ("author", "length"))
+    assert [name for name in one.names if name not in CROSSES.names] == names[:1]
+    alone = one.ids(values._replace(latest_items=latest[:, :1]))
+    assert (alone == np.delete(found, at[1:], 1)).all()
+    assert [f"{number:016x}" for number in mine[0].tolist()] == [
+        "31683aa51fb4ce39",
+        "8b3c4da87f612de2",
+        "63edfa18663a10c3",
+    ], "versions hold weights under them"

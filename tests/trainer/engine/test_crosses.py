@@ -47,7 +47,7 @@ def crosses_of(batch: MicroBatch) -> np.ndarray[tuple[int, ...], np.dtype[np.uin
 def values_of(batch: MicroBatch) -> Values:
     return Values(
         batch.user, batch.item, batch.category, batch.context, batch.user_attributes, batch.item_attributes,
-        batch.features,
+        batch.features, batch.sequence_items,
     )  # fmt: skip
 
 
@@ -210,6 +210,39 @@ def test_a_users_taste_for_a_category_is_learned() -> None:
     ids = crosses_of(last)[:, NAMES.names.index("user*category")].copy()
     weights = trainer.tables[CROSS].gather(trainer.tables[CROSS].find(ids))[:, 0]
     assert weights[liked].mean() > weights[~liked].mean() + 0.3
+
+
+def test_what_users_with_another_latest_item_take_is_learned() -> None:
+    """Items and users are new in each row, so only the latest item says anything about the label."""
+    spec = dataclasses.replace(SPEC, sequence=3)
+    base = settings()
+    trainer = Trainer(dataclasses.replace(base, events=dataclasses.replace(base.events, label="clicked")), spec)
+    rng = np.random.default_rng(4)
+
+    def shown(first: int, rows: int = 256) -> MicroBatch:
+        batch, fresh_ids = micro_batch(rows, first=first), spread(np.arange(first, first + rows) + 10**9)
+        latest = rng.integers(1, 9, (rows, 3))
+        return dataclasses.replace(
+            batch,
+            header=dataclasses.replace(batch.header, spec=spec.digest),
+            user=fresh_ids,
+            item=fresh_ids,
+            features=np.zeros_like(batch.features),
+            label=(latest[:, 0] % 2).astype(np.float32),
+            sequence_items=spread(latest),
+            sequence_categories=spread(latest),
+            sequence_actions=np.ones((rows, 3), np.uint16),
+            sequence_ages=np.ones((rows, 3), np.uint16),
+        )
+
+    for number in range(12):
+        trainer.step(shown(number * 256))
+    last = shown(12 * 256)
+    scores, liked = trainer.step(last).judged[0].pairs.logits, last.label > 0.5
+    assert scores[liked].mean() > scores[~liked].mean() + 2.0
+    found = trainer.crosses.ids(values_of(last))[:, trainer.crosses.names.index("latest item.1")]
+    weights = trainer.tables[CROSS].gather(trainer.tables[CROSS].find(found.copy()))
+    assert (weights[liked].min(0) > weights[~liked].max(0) + 0.5).all()
 
 
 def test_a_skipped_step_changes_no_weight_of_a_cross() -> None:

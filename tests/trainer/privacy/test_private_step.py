@@ -217,7 +217,7 @@ def test_nothing_is_learned_of_transitions_nor_of_crosses_of_items_and_counts_ha
     assert len(made.transitions) == 0 == made.transitions.pending
     none = np.zeros((96, 0), np.uint64)
     batches = [labelled(number) for number in range(3)]
-    values = (Values(one.user, one.item, one.category, one.context, none, none, one.features) for one in batches)
+    values = (Values(one.user, one.item, one.category, one.context, none, none, one.features, none) for one in batches)
     ids, crosses = np.concatenate([made.crosses.ids(one) for one in values]), made.tables[CROSS].state()
     columns = LearnedCrosses.of(made.crosses.kinds, "user")
     assert all(np.isin(ids[:, each], crosses.ids).any() for each in columns)
