@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from deploy.serving.answers.predictor import churn_probabilities
-from deploy.serving.requests.endpoints import _profile_message
-from deploy.serving.requests.http import encode
+from deploy.serving.requests.endpoints import _message_of
+from deploy.serving.requests.http import Response, encode
 from springtide_client.answers import Profile
 from state.churn import ChurnInputs, ChurnWeights, Horizon, tensors_of
 from state.features.mask import Mask
@@ -22,6 +22,10 @@ from tests.vectors import vectorise
 SPEC = FeatureSpec()
 HOUR_MS, DAY_MS = 3_600_000, 86_400_000
 HORIZON = Horizon.of(7 * DAY_MS, SPEC)
+
+
+def message_of(answer: Profile) -> Any:
+    return _message_of(Response(200, encode(answer)), "Profile")
 
 
 def weights() -> ChurnWeights:
@@ -86,11 +90,11 @@ def test_a_profile_has_it_from_the_version_that_tells_it_and_loses_it_with_a_rol
         answer = answering.profile(user)
         assert answer.version.number == 2
         assert answer.churn is not None and 0.0 < answer.churn < 1.0
-        assert _profile_message(answer).churn == answer.churn
+        assert message_of(answer).churn == answer.churn
         assert msgspec.json.decode(encode(answer), type=Profile).churn == answer.churn
     nobody = answering.profile("nobody")
     assert "churn" not in msgspec.json.decode(encode(nobody))
-    assert not _profile_message(nobody).HasField("churn")
+    assert not message_of(nobody).HasField("churn")
     stores.rows.serve(1)
     assert answering.profile("ann").churn is None
 
