@@ -82,7 +82,7 @@ class CommitThread:
         Raises:
             SpringtideError: The thread failed.
         """
-        self._wait(lambda: not self._queue and not self._busy)
+        self._wait(lambda: not self.busy)
         self._committer.show()
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from state.compiled import compiled, mix
 from state.config.settings import Settings
 from state.microbatch.batch import MicroBatch
-from state.ranking.crosses import Crosses, Values
+from state.ranking.crosses import Crosses
 from trainer.model.attributes import Columns
 from trainer.model.candidates import candidates, partners, seed_of
 from trainer.model.hyperparameters import HYPERPARAMETERS
@@ -94,18 +94,7 @@ class Recorder:
         if not is_labelled.any():
             return np.zeros((len(batch), 0), np.uint64)
         rows = batch.take(is_labelled)
-        users, items = self._columns.users_of(rows), self._columns.items_of(rows)
-        values = Values(
-            rows.user,
-            rows.item,
-            rows.category,
-            rows.context,
-            users,
-            items,
-            rows.features,
-            rows.sequence_items,
-        )
-        ids = self._crosses.ids(values)
+        ids = self._crosses.ids(self._columns.values_of(rows))
         if self._learned is not None:
             ids = np.ascontiguousarray(ids[:, self._learned])
         if len(rows) == len(batch):

@@ -24,7 +24,7 @@ from state.log import Log
 from state.lowering import Quantize, difference
 from state.microbatch.batch import MicroBatch
 from state.microbatch.codec import decode
-from state.ranking.crosses import Values, logits_of, with_network_share
+from state.ranking.crosses import logits_of, with_network_share
 from state.registry.manifest import Manifest
 from state.registry.registry import Registry
 from state.registry.segments import LogSegment
@@ -81,18 +81,8 @@ def _replayed(trainer: Trainer, batches: Sequence[MicroBatch]) -> tuple[dict[str
     for batch in batches:
         none = np.zeros((len(batch), 0), np.uint64)
         record = recorder.record(batch, none, popular, trainer.transitions, (0, 0))
-        users, items = columns.users_of(batch), columns.items_of(batch)
-        pairs = Values(
-            batch.user,
-            batch.item,
-            batch.category,
-            batch.context,
-            users,
-            items,
-            batch.features,
-            batch.sequence_items,
-        )
-        crosses = logits_of(looked_up(CROSS, trainer.crosses.ids(pairs)), looked_up(CROSS, trainer.crosses.shares)[:-1])
+        crossed = trainer.crosses.ids(columns.values_of(batch))
+        crosses = logits_of(looked_up(CROSS, crossed), looked_up(CROSS, trainer.crosses.shares)[:-1])
         pieces.append((record.ids, {**record.values, "cross": crosses}))
     ids: dict[str, U64] = {
         name: pieces[0][0][name] if name == "popular" else np.concatenate([ids[name] for ids, _ in pieces])[:ROWS]

@@ -15,6 +15,7 @@ from state.compiled import mixed
 from state.config.sections import Attributes
 from state.config.sources import fields_of
 from state.microbatch.batch import MicroBatch
+from state.ranking.crosses import Values
 from trainer.tables.index import I32
 
 
@@ -46,6 +47,19 @@ class Columns:
     def items_of(self, batch: MicroBatch) -> U64:
         """Items' attributes, `[n, Ai]` uint64, in the order of the settings."""
         return _arranged(batch.item_attributes, batch.header.attributes[1], self.items)
+
+    def values_of(self, batch: MicroBatch) -> Values:
+        """The values whose crosses are learned, with attributes in the order of the settings."""
+        return Values(
+            user=batch.user,
+            item=batch.item,
+            category=batch.category,
+            context=batch.context,
+            user_attributes=self.users_of(batch),
+            item_attributes=self.items_of(batch),
+            features=batch.features,
+            latest_items=batch.sequence_items,
+        )
 
 
 def _arranged(columns: U64, names: tuple[str, ...], table: AttributeTable) -> U64:
