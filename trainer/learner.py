@@ -372,7 +372,7 @@ class Learner:
             self._reader.seek(partition, at)
             self.place = replace(self.place, next=at)
         try:
-            batches = self._reader.poll(wait_s, RECORDS)
+            batches = self._reader.poll(min(wait_s, self._due_in_s()), RECORDS)
         except GapError as error:
             at = self._passages.pass_log(error, self.place.marks)
             self._reader.seek(partition, at)
@@ -385,7 +385,7 @@ class Learner:
                     return count
                 self._take(record)
                 count += 1
-                if self._publish_and_poll():
+                if self._publish_and_poll(has_stepped=True):
                     return count
                 if stopping() or self._resting:
                     # Records that were polled and not taken are polled again.
@@ -456,9 +456,9 @@ class Learner:
         is_held = self._trainer.guard.held or self._budget.held or bool(self.control.held)
         return is_held or self._updates.waits or not self.control.training
 
-    def _publish_and_poll(self) -> bool:
+    def _publish_and_poll(self, has_stepped: bool = False) -> bool:
         """Publishes a due version and polls control; returns whether another epoch was entered."""
-        self._publish_if_due()
+        self._publish_if_due(has_stepped)
         self._polled_s = float("-inf") if self._updates.write() else self._polled_s
         return self._poll_control()
 
@@ -490,14 +490,18 @@ class Learner:
 
     # Publishing
 
-    def _publish_if_due(self) -> None:
+    def _publish_if_due(self, has_stepped: bool) -> None:
         try:
             self._settle()
-            if self._publications.due(self.place, self.control, self._late_s, self._steps_s):
+            if self._due_in_s(has_stepped) == 0.0:
                 self.publish()
         except WrongEpoch as refused:
             logger.info("%s", refused)
             self._polled_s = float("-inf")
+
+    def _due_in_s(self, has_stepped: bool = False) -> float:
+        """Seconds until a version is due; see `Publications`."""
+        return self._publications.due_in_s(self.place, self.control, self._late_s, self._steps_s, has_stepped)
 
     @property
     def _late_s(self) -> float:

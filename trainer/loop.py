@@ -85,7 +85,7 @@ LEARNING = "learning"
 PHASES = (STANDBY, MODULES, TENSORFLOW, KERNELS, WORKERS, BOOTSTRAP, MODEL, PROGRAM, VERSION, CATCHING_UP, LEARNING)
 
 LOG_S = 5.0
-WAIT_S, UNPUBLISHED_S = 0.05, 0.02
+WAIT_S = 0.05
 POLL_S = 0.2
 NO_CONSENT = Consent()
 logger = logging.getLogger(__name__)
@@ -508,7 +508,7 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
             while not stopping.is_set():
                 claim.check()
                 ownership.check()
-                learner.tick(UNPUBLISHED_S if learner.place.changed else WAIT_S, stopping.is_set)
+                learner.tick(WAIT_S, stopping.is_set)
                 phases.follow(learner.caught_up, lag.records)
                 compaction.tick(hurry=room.waits)
                 exports.tick()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -36,58 +37,65 @@ LATE_SHARE = 0.5
 
 MOST_SLACK = 0.5
 
+WRITING_S = 0.02
+"""Seconds until it is asked again whether a version is written."""
+
 FULL_S = 1.0
 """Least seconds between recent versions that carry a probe and changed item lists. Both cost the trainer and each host
 several ms, and most lists that change in one version change in the next one too. Their measures are also shown as
 metrics, of which a scrape reads the newest ones only."""
 
 
-def interval_s(publish_s: float, late_s: float, idle: float) -> float:
-    """Seconds between two versions. Each one costs the trainer and every serving host time.
+def interval_s(publish_s: float, late_s: float, steps_s: float) -> float:
+    """Seconds between two versions: those of steps, and `publish_s` more. Each one costs the trainer and every serving host time.
 
     Args:
         publish_s: The setting.
         late_s: How long the newest learned records waited in the log, if others still wait.
-        idle: Share of the time that steps leave.
+        steps_s: Seconds of steps since the last version.
 
-    >>> [round(interval_s(0.1, late_s, idle=0.9), 2) for late_s in (0.0, 0.3, 2.0, 6.0, 3600.0)]
+    >>> [round(interval_s(0.1, late_s, steps_s=0.01), 2) for late_s in (0.0, 0.3, 2.0, 6.0, 3600.0)]
     [0.11, 0.15, 1.0, 2.0, 2.0]
-    >>> interval_s(0.1, late_s=0.0, idle=0.0)
+    >>> interval_s(0.1, late_s=0.0, steps_s=3.0)
     0.5
     """
-    return max(publish_s / max(idle, 1.0 / LOAD_PACES), min(LATE_SHARE * late_s, LATE_PACES * publish_s))
+    return max(min(publish_s + steps_s, LOAD_PACES * publish_s), min(LATE_SHARE * late_s, LATE_PACES * publish_s))
 
 
 class Pace:
     """Decides when the next version is due; `interval_s` tells how far apart versions are on average.
 
-    A version is to follow right after its record, and records come at intervals of their own. So a late version brings
-    the next one forward, by at most `MOST_SLACK` intervals.
+    Records come at intervals of their own, and answers are newest if a version follows right after its record. So a
+    version right after a record may be early, and the next one is then later. A late version brings the next one
+    forward. Both by at most `MOST_SLACK` intervals.
 
     Args:
         publish_s: The setting.
         now_s: When the epoch begins; the first version is due an interval later.
 
     >>> pace = Pace(0.1, now_s=0.0)
-    >>> [pace.is_due(now_s) for now_s in (0.09, 0.14)]
-    [False, True]
-    >>> pace.published(0.14); [pace.is_due(now_s) for now_s in (0.19, 0.2)]
-    [False, True]
+    >>> [round(pace.due_in_s(now_s), 2) for now_s in (0.09, 0.14)]
+    [0.01, 0.0]
+    >>> pace.published(0.14); [round(pace.due_in_s(now_s), 2) for now_s in (0.19, 0.2)]
+    [0.01, 0.0]
+    >>> pace.published(0.2); [round(pace.due_in_s(0.26, has_stepped=after), 2) for after in (False, True)]
+    [0.04, 0.0]
     """
 
     def __init__(self, publish_s: float, now_s: float) -> None:
-        self._publish_s, self._last_s, self._counted_s, self._interval_s = publish_s, now_s, now_s, publish_s
+        self._publish_s, self._counted_s, self._interval_s = publish_s, now_s, publish_s
 
-    def is_due(self, now_s: float, late_s: float = 0.0, steps_s: float = 0.0) -> bool:
-        """Whether a version is due; learning is late by `late_s`, and steps took `steps_s` since the last version."""
-        since_s = now_s - self._last_s
-        idle = 1.0 - steps_s / since_s if since_s > steps_s else 0.0
-        self._interval_s = interval_s(self._publish_s, late_s, idle)
-        return now_s - self._counted_s >= self._interval_s
+    def due_in_s(self, now_s: float, late_s: float = 0.0, steps_s: float = 0.0, has_stepped: bool = False) -> float:
+        """Seconds until a version is due, at least 0.
+
+        Learning is late by `late_s`; steps took `steps_s` since the last version, and `has_stepped` if one just ended.
+        """
+        self._interval_s = interval_s(self._publish_s, late_s, steps_s)
+        early_s = MOST_SLACK * self._interval_s if has_stepped else 0.0
+        return max(0.0, self._counted_s + self._interval_s - early_s - now_s)
 
     def published(self, now_s: float) -> None:
         """Records a version of `now_s`."""
-        self._last_s = now_s
         self._counted_s = max(self._counted_s + self._interval_s, now_s - MOST_SLACK * self._interval_s)
 
 
@@ -160,22 +168,21 @@ class Publications:
         """Begins an epoch, or continues after a start: the first version is due a pace later, and durable."""
         self._pace, self._saved_s = Pace(self._publish_s, self._elapsed()), float("-inf")
 
-    def due(self, position: TrainingPlace, control: Control, late_s: float = 0.0, steps_s: float = 0.0) -> bool:
-        """Whether a version, or a durable one, is due now.
+    def due_in_s(
+        self, position: TrainingPlace, control: Control, late_s: float, steps_s: float, has_stepped: bool
+    ) -> float:
+        """Seconds until a version, or a durable one, is due; infinity if there is nothing to publish, or it may not.
 
-        Learning is late by `late_s`; steps took `steps_s` since the last version.
+        See `Pace` for the last arguments. While the last version is written, it is the time until that is asked again.
         """
-        if (
-            not (position.changed or position.unsaved)
-            or not control.publishing
-            or not self._publisher.accepts
-            or not self._updates.passes
-        ):
-            return False
         is_durable = self._durable_is_due(position)
-        if is_durable and self._publisher.saves:
-            return False
-        return self._pace.is_due(self._elapsed(), late_s, steps_s) and (position.changed or is_durable)
+        if not (position.changed or (position.unsaved and is_durable)):
+            return math.inf
+        if not control.publishing or not self._updates.passes:
+            return math.inf
+        if not self._publisher.accepts or (is_durable and self._publisher.saves):
+            return WRITING_S
+        return self._pace.due_in_s(self._elapsed(), late_s, steps_s, has_stepped)
 
     def settle(self, wait: bool = False) -> list[Manifest]:
         """The versions that have been written since the last call; see `Publisher.settle`.
