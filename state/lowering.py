@@ -26,6 +26,34 @@ def argument(name: str) -> str:
     return f"dense.{name}".replace(".", "_")
 
 
+def fitting(weights: Mapping[str, F32], details: Mapping[str, Mapping[str, Any]]) -> dict[str, F32]:
+    """The arguments of a program's signature `load`, by name.
+
+    LiteRT does not check shapes: a wrong one ends the process.
+
+    Args:
+        weights: Dense weights, by name.
+        details: What LiteRT says of the inputs of `load`.
+
+    Raises:
+        ProgramError: A weight is missing, or has another shape than the program's.
+    """
+    arguments = {argument(name): weight for name, weight in weights.items()}
+    missing = sorted(name for name in details if name not in arguments)
+    if missing:
+        raise ProgramError(
+            f"the version has no dense weights {', '.join(missing)}, which its program wants", "roll back"
+        )
+    for name, detail in details.items():
+        wanted, shape = tuple(int(size) for size in detail["shape"]), np.shape(arguments[name])
+        if shape != wanted:
+            raise ProgramError(
+                f"the version's dense weights {name} have shape {list(shape)}, and its program wants {list(wanted)}",
+                "roll back",
+            )
+    return {name: arguments[name] for name in details}
+
+
 def lower_saved_model(
     folder: Path, signatures: Sequence[str], subject: str, frozen: bool = False, quantize: Quantize = "none"
 ) -> bytes:

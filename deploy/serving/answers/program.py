@@ -11,7 +11,7 @@ from ai_edge_litert.interpreter import Interpreter, SignatureRunner
 from numpy.typing import NDArray
 
 from state.errors import ProgramError
-from state.lowering import argument
+from state.lowering import fitting
 from state.process.part import quiet_stderr
 
 BATCHES = (1, 4, 16)
@@ -87,7 +87,6 @@ class LoadedProgram:
                 f"a program of {len(data)} bytes cannot be run ({error})",
                 "restart the trainer to lower the model again",
             ) from error
-        self._weights = sorted(self._loads[1].get_input_details())
         self._stale: set[int] = set()
         inputs, outputs = runners[1].get_input_details(), runners[1].get_output_details()
         self._names = {RENAMED.get(name, name): name for name in inputs}
@@ -112,20 +111,15 @@ class LoadedProgram:
         """Sets the dense weights; `predict` gives NaN before. Raises ProgramError if one is missing or of a wrong
         shape.
         """
-        tensors = {argument(name): value for name, value in weights.items()}
-        missing = [name for name in self._weights if name not in tensors]
-        if missing:
-            raise ProgramError(
-                f"the version has no dense weights {', '.join(missing)}, which its program wants", "roll back"
-            )
-        self._tensors, self._stale = tensors, {*self._loads}
+        self._tensors = fitting(weights, self._loads[1].get_input_details())
+        self._stale = {*self._loads}
         # The other batch sizes load the weights at their next use; under low load that never happens.
         self._set_weights(1)
 
     def _set_weights(self, rows: int) -> None:
         try:
             with _quiet():
-                self._loads[rows](**{name: self._tensors[name] for name in self._weights})
+                self._loads[rows](**self._tensors)
         except (ValueError, RuntimeError) as error:
             raise ProgramError(f"the version's dense weights do not fit its program ({error})", "roll back") from error
         self._stale.discard(rows)

@@ -97,6 +97,23 @@ def test_a_program_that_cannot_run_is_refused(trainer: Trainer, host: HostWriter
     assert host.settle() == good and host.metrics.refused_version._value.get() == bad
 
 
+def widened(tensors: dict[str, Any]) -> None:
+    """One kernel has a row more."""
+    name = next(name for name in tensors if name.startswith("dense.tower.kernel"))
+    tensors[name] = np.pad(tensors[name], ((0, 1), (0, 0)))
+
+
+def test_weights_that_do_not_fit_the_program_are_refused_with_their_shapes(
+    trainer: Trainer, host: HostWriter, caplog: pytest.LogCaptureFixture
+) -> None:
+    """LiteRT itself would end the process."""
+    good = trainer.publish()
+    assert host.settle() == good
+    bad = trainer.publish(spoil=widened)
+    assert host.settle() == good and host.metrics.refused_version._value.get() == bad
+    assert "dense_tower_kernel_0 have shape [" in caplog.text and "its program wants [" in caplog.text
+
+
 def without_probe(tensors: dict[str, Any]) -> None:
     for name in [name for name in tensors if name.startswith(probe.PREFIX)]:
         del tensors[name]

@@ -72,6 +72,9 @@ def test_a_parity_failure_is_an_error(model: DefaultRanker, lowered: bytes) -> N
     other = DefaultRanker(SMALL, FeatureSpec(), preprocessing=lambda x: tf.sqrt(x))
     with pytest.raises(ProgramError, match="differs from the model's"):
         parity(lowered, other)
+    wider = DefaultRanker(ModelSettings(dim=8, hidden=(32, 8), popular=4), FeatureSpec())
+    with pytest.raises(ProgramError, match=r"dense_tower_bias_0 have shape \[32\], and its program wants \[16\]"):
+        parity(lowered, wider)
 
 
 def test_a_saved_transform_is_part_of_the_program(tmp_path: Path) -> None:
