@@ -23,6 +23,7 @@ from state.errors import LogError, UnreachableBroker
 from state.log import Reader, Topics, Writer, client_options
 from state.log.client import ClientSelector
 from state.process.network import HOST, free_port, listens
+from tests.one_kafka import Running, broker_like
 
 LEFT_SOCKETS = pytest.mark.filterwarnings("ignore:unclosed <s:ResourceWarning")
 
@@ -146,16 +147,15 @@ def no_token() -> str:
 
 
 @pytest.fixture(scope="module")
-def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kafka]:
+def secured(kafka: Running, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kafka]:
     """How to connect to a broker that asks for a token."""
-    folder = tmp_path_factory.mktemp("oauth")
+    folder = broker_like(kafka, tmp_path_factory.mktemp("oauth")).directory
     port, plain, controller = free_port(), free_port(), free_port()
     configuration, log = folder / "server.properties", folder / "server.log"
     fixed = properties(plain, controller, folder / "data", 1)
     # The later of two lines counts.
     configuration.write_text(fixed + LISTENER.format(host=HOST, port=port, plain=plain, controller=controller))
     class_path = os.pathsep.join(map(str, KAFKA.jars()))
-    java.format_storage(class_path, log, configuration)
     words = java.command(class_path, log, "-Xmx256m", "kafka.Kafka", str(configuration))
     broker = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
     try:
