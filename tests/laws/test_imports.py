@@ -155,48 +155,38 @@ print(json.dumps(loaded))
 """
 
 
-@functools.cache
-def loaded() -> dict[str, set[str]]:
-    """Module -> the top modules that a new process has loaded after it and those before it; the stream comes last."""
-    modules = [*serving_modules(), "deploy.cli", "trainer.compactor", "streaming.pipeline"]
+def tops_after(*modules: str) -> dict[str, set[str]]:
+    """Module -> the top modules that a new process has loaded after it and those before it."""
     found = subprocess.run([sys.executable, "-c", LOOK, *modules], cwd=ROOT, capture_output=True, text=True, check=True)
     return {module: set(tops) for module, tops in json.loads(found.stdout).items()}
 
 
-def test_serving_and_the_small_processes_do_not_load_tensorflow() -> None:
+@functools.cache
+def loaded() -> dict[str, set[str]]:
+    """What a process loads that is each of the parts in turn, the stream last."""
+    trainer = ["trainer.compactor", "trainer.loop", "trainer.learner", "trainer.versions.starting"]
+    return tops_after(*serving_modules(), "deploy.cli", *trainer, "streaming.pipeline")
+
+
+def test_the_stream_alone_loads_beam_and_no_process_loads_tensorflow_before_a_graph_is_needed() -> None:
     heavy = {module: tops & HEAVY for module, tops in loaded().items() if module != "streaming.pipeline"}
     assert {module: tops for module, tops in heavy.items() if tops} == {}
-
-
-def test_the_stream_does_not_load_tensorflow() -> None:
     assert "tensorflow" not in loaded()["streaming.pipeline"]
 
 
-def tops_after(*modules: str) -> set[str]:
-    """What a new process has loaded after these modules."""
-    found = subprocess.run([sys.executable, "-c", LOOK, *modules], cwd=ROOT, capture_output=True, text=True, check=True)
-    return set(json.loads(found.stdout)[modules[-1]])
-
-
-def test_a_pin_loads_no_compiler() -> None:
-    """It is typed in a hurry: neither kernels nor graphs are needed to move a pointer."""
-    tops = tops_after("deploy.cli", "deploy.operate.control", "deploy.operate.versions")
-    assert "lmdb" in tops and not tops & (HEAVY | {"numba", "llvmlite"})
-    # So is a rollback; where it reads the log, the reader loads one kernel.
-    assert not tops_after("deploy.cli", "deploy.operate.rollback") & {"tensorflow", "numba", "llvmlite"}
-
-
-def test_the_trainer_loads_tensorflow_only_where_a_graph_is_needed() -> None:
-    assert not tops_after("trainer.loop", "trainer.learner", "trainer.versions.starting") & HEAVY
+def test_the_client_loads_what_it_needs_alone_and_pin_rollback_and_up_load_no_compiler() -> None:
+    """A pin is typed in a hurry: neither kernels nor graphs are needed to move a pointer."""
+    control = ["deploy.operate.control", "deploy.operate.versions"]
+    up = ["deploy.startup.model_checks", "deploy.startup.steps"]
+    # Where a rollback reads the log, the reader loads one kernel.
+    tops = tops_after("springtide_client", "deploy.cli", *control, "deploy.operate.rollback", *up)
+    assert not tops["springtide_client"] & {"deploy", "state", "numpy", "numba", "lmdb", "kafka"}
+    assert "lmdb" in tops[control[-1]] and not tops[up[-1]] & (HEAVY | {"numba", "llvmlite"})
 
 
 def test_a_worker_loads_no_kafka() -> None:
-    tops = tops_after("deploy.serving.rest")
+    tops = tops_after("deploy.serving.rest")["deploy.serving.rest"]
     assert "lmdb" in tops and "kafka" not in tops
-
-
-def test_the_client_loads_what_it_needs_alone() -> None:
-    assert not tops_after("springtide_client") & (HEAVY | {"deploy", "state", "numpy", "numba", "lmdb", "kafka"})
 
 
 def test_a_process_reads_and_writes_micro_batches_without_pandas() -> None:
@@ -216,11 +206,7 @@ print("pandas" in sys.modules)
     assert found.stdout.strip() == "False"
 
 
-def test_up_loads_no_compiler() -> None:
-    assert not tops_after("deploy.startup.model_checks", "deploy.startup.steps") & (HEAVY | {"numba", "llvmlite"})
-
-
 def test_the_applier_starts_without_litert() -> None:
     """It writes what workers read; only with the first version that is probed does it run a program."""
-    tops = tops_after("deploy.serving.applier")
+    tops = tops_after("deploy.serving.applier")["deploy.serving.applier"]
     assert "lmdb" in tops and "ai_edge_litert" not in tops

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -55,11 +57,17 @@ def sizes(overlay: str) -> dict[str, str]:
     return sizes_of(BASE / "kustomization.yaml") | sizes_of(FOLDER / "overlays" / overlay / "kustomization.yaml")
 
 
+@functools.cache
+def validate(document: str, minor: str) -> None:
+    """Most objects are the same in several overlays; each is checked once, because a check parses all schemas."""
+    kubernetes_validate.validate(json.loads(document), minor, strict=True)
+
+
 def require_valid(found: Sequence[Document], minor: str) -> None:
     ours = [one for one in found if one["kind"] not in OTHERS]
     assert len(ours) > 15
     for one in ours:
-        kubernetes_validate.validate(one, minor, strict=True)
+        validate(json.dumps(one), minor)
 
 
 def test_each_object_as_it_stands_is_valid() -> None:
