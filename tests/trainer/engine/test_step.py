@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tensorflow as tf
 
 from state.config.settings import Settings
 from state.errors import SettingsError, TrainingHeld
@@ -59,17 +58,6 @@ def learned(batches: list[MicroBatch], trainer: Trainer) -> Trainer:
 
 def log(count: int = 6, rows: int = 64) -> list[MicroBatch]:
     return [micro_batch(rows, first=number * rows) for number in range(count)]
-
-
-def restored(source: Trainer, target: Trainer) -> Trainer:
-    """What a version does: state out of one trainer, into another."""
-    target.clear()
-    for name, table in target.tables.items():
-        table.load(source.tables[name].state())
-    target.model.set_weights(source.model.weights())
-    target.optimizer.set_slots(source.optimizer.slots())
-    target.load(source.state())
-    return target
 
 
 if __name__ == "__main__":
@@ -263,6 +251,9 @@ def test_missing_gpu_is_named() -> None:
 
 
 def test_the_gpus_are_those_that_tensorflow_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Not at the top: the fresh process below has no need of it.
+    import tensorflow as tf
+
     assert devices.gpus() == [gpu.name for gpu in tf.config.list_physical_devices("GPU")]
     # Where a driver may be, TensorFlow is asked.
     monkeypatch.setattr(devices, "CUDA", None)
