@@ -60,6 +60,17 @@ def log(count: int = 6, rows: int = 64) -> list[MicroBatch]:
     return [micro_batch(rows, first=number * rows) for number in range(count)]
 
 
+def restored(source: Trainer, target: Trainer) -> Trainer:
+    """What a version does: state out of one trainer, into another."""
+    target.clear()
+    for name, table in target.tables.items():
+        table.load(source.tables[name].state())
+    target.model.set_weights(source.model.weights())
+    target.optimizer.set_slots(source.optimizer.slots())
+    target.load(source.state())
+    return target
+
+
 if __name__ == "__main__":
     print(hashlib.sha256(repr(sorted(digests(learned(log(), Trainer(settings(), SPEC))).items())).encode()).hexdigest())
 
