@@ -26,7 +26,7 @@ def argument(name: str) -> str:
     return f"dense.{name}".replace(".", "_")
 
 
-def fitting(weights: Mapping[str, F32], details: Mapping[str, Mapping[str, Any]]) -> dict[str, F32]:
+def load_arguments(weights: Mapping[str, F32], details: Mapping[str, Mapping[str, Any]]) -> dict[str, F32]:
     """The arguments of a program's signature `load`, by name.
 
     LiteRT does not check shapes: a wrong one ends the process.

@@ -38,7 +38,7 @@ LATE_SHARE = 0.5
 MOST_SLACK = 0.5
 
 WRITING_S = 0.02
-"""Seconds until it is asked again whether a version is written."""
+"""Seconds between two checks whether the last version is written."""
 
 FULL_S = 1.0
 """Least seconds between recent versions that carry a probe and changed item lists. Both cost the trainer and each host
@@ -47,7 +47,7 @@ metrics, of which a scrape reads the newest ones only."""
 
 
 def interval_s(publish_s: float, late_s: float, steps_s: float) -> float:
-    """Seconds between two versions: those of steps, and `publish_s` more. Each one costs the trainer and every serving host time.
+    """Seconds between two versions: `publish_s` besides the time of steps. Each one costs the trainer and every host time.
 
     Args:
         publish_s: The setting.
@@ -173,7 +173,7 @@ class Publications:
     ) -> float:
         """Seconds until a version, or a durable one, is due; infinity if there is nothing to publish, or it may not.
 
-        See `Pace` for the last arguments. While the last version is written, it is the time until that is asked again.
+        See `Pace` for the last arguments. While the last version is written, it is the time until the next check of that.
         """
         is_durable = self._durable_is_due(position)
         if not (position.changed or (position.unsaved and is_durable)):
@@ -203,7 +203,8 @@ class Publications:
     ) -> TrainingPlace:
         """Hands a copy of the changes to the publisher; returns the position afterwards. The `last` version is durable."""
         began = time.perf_counter()
-        durable = last or self._durable_is_due(position)
+        # It may have become due only now, while another durable version is written.
+        durable = last or (self._durable_is_due(position) and not self._publisher.saves)
         probe, is_full = {}, durable or self._elapsed() - self._full_s >= FULL_S
         if is_full:
             probe, self._full_s = self._probed.answers(), self._elapsed()

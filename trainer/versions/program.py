@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from state.errors import ProgramError
-from state.lowering import TOLERANCE, difference, fitting
+from state.lowering import TOLERANCE, difference, load_arguments
 from trainer.model.model import Model
 
 F32 = npt.NDArray[np.float32]
@@ -30,7 +30,7 @@ class Program:
     def load(self, weights: Mapping[str, F32]) -> None:
         """Sets the dense weights, named as in the model. Raises ProgramError if they do not fit."""
         load = self._interpreter.get_signature_runner("load")
-        load(**fitting(weights, load.get_input_details()))
+        load(**load_arguments(weights, load.get_input_details()))
 
     def predict(self, inputs: Mapping[str, Any]) -> dict[str, F32]:
         """Computes the outputs of `Ranker.predict`."""

@@ -11,7 +11,7 @@ from ai_edge_litert.interpreter import Interpreter, SignatureRunner
 from numpy.typing import NDArray
 
 from state.errors import ProgramError
-from state.lowering import fitting
+from state.lowering import load_arguments
 from state.process.part import quiet_stderr
 
 BATCHES = (1, 4, 16)
@@ -111,7 +111,7 @@ class LoadedProgram:
         """Sets the dense weights; `predict` gives NaN before. Raises ProgramError if one is missing or of a wrong
         shape.
         """
-        self._tensors = fitting(weights, self._loads[1].get_input_details())
+        self._tensors = load_arguments(weights, self._loads[1].get_input_details())
         self._stale = {*self._loads}
         # The other batch sizes load the weights at their next use; under low load that never happens.
         self._set_weights(1)
