@@ -36,9 +36,10 @@ LATE_SHARE = 0.5
 """Seconds between two versions for each second that learning is late."""
 
 MOST_SLACK = 0.5
+"""The most intervals by which a version is early, or brings the next one forward."""
 
 WRITING_S = 0.02
-"""Seconds between two checks whether the last version is written."""
+"""Seconds between two checks whether the previous version is written."""
 
 FULL_S = 1.0
 """Least seconds between recent versions that carry a probe and changed item lists. Both cost the trainer and each host
@@ -173,7 +174,7 @@ class Publications:
     ) -> float:
         """Seconds until a version, or a durable one, is due; infinity if there is nothing to publish, or it may not.
 
-        See `Pace` for the last arguments. While the last version is written, it is the time until the next check of that.
+        See `Pace` for the last arguments. While the previous version is written, returns the time until the next check.
         """
         is_durable = self._durable_is_due(position)
         if not (position.changed or (position.unsaved and is_durable)):
@@ -203,7 +204,7 @@ class Publications:
     ) -> TrainingPlace:
         """Hands a copy of the changes to the publisher; returns the position afterwards. The `last` version is durable."""
         began = time.perf_counter()
-        # It may have become due only now, while another durable version is written.
+        # A durable version may become due after `due_in_s`, while another one is written.
         durable = last or (self._durable_is_due(position) and not self._publisher.saves)
         probe, is_full = {}, durable or self._elapsed() - self._full_s >= FULL_S
         if is_full:

@@ -27,8 +27,8 @@ An answer is a banded summary of the user's labels and events so far. Examples a
 among all impressions, or that this event is the third of a session. A missing value (id 0) removes its crosses.
 
 The latest items are the items of the user's latest events, if examples contain them (`features.sequence`). Most users have
-few labels, and the items that they saw before add information. An item has the same two numbers wherever it is among the
-latest items, and each place has its own shares.
+few labels, so these items tell more about them. An item has the same two numbers at each position of the latest items, and
+each position has its own shares.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class Columns:
         return _arranged(batch.item_attributes, batch.header.attributes[1], self.items)
 
     def values_of(self, batch: MicroBatch) -> Values:
-        """The values whose crosses are learned, with attributes in the order of the settings."""
+        """The columns from which `Crosses` computes ids, with attributes in the order of the settings."""
         return Values(
             user=batch.user,
             item=batch.item,
