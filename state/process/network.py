@@ -9,7 +9,7 @@ import ssl
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from functools import cache
 from http.client import HTTPException
 from pathlib import Path
@@ -20,21 +20,22 @@ from state.errors import PortTaken
 HOST = "127.0.0.1"
 FIRST_PORT = 10_000
 """The lowest port that `free_ports` returns."""
+APART = 20
+"""How far apart the ports of one call are: some settings name a port of which the next ones are used too."""
 
 
 def free_ports(names: Iterable[str]) -> dict[str, int]:
-    """Returns a distinct port for each name, on which no process listens at this moment.
+    """Returns a port for each name, on which no process listens at this moment; they are at least `APART` apart.
 
     The ports are outside the kernel's range for outgoing connections, one of which could take a port before its server
     listens.
     """
-    ports = {}
-    with ExitStack() as sockets:
-        for name in names:
-            probe = sockets.enter_context(socket.socket())
-            while name not in ports:
-                port = FIRST_PORT + secrets.randbelow(_first_outgoing_port() - FIRST_PORT)
-                with suppress(OSError):  # somebody listens on it
+    ports = dict[str, int]()
+    for name in names:
+        while name not in ports:
+            port = FIRST_PORT + secrets.randbelow(_first_outgoing_port() - FIRST_PORT)
+            if all(abs(port - other) >= APART for other in ports.values()):
+                with suppress(OSError), socket.socket() as probe:  # an error: somebody listens on it
                     probe.bind((HOST, port))
                     ports[name] = port
     return ports
