@@ -28,7 +28,7 @@ HORIZONS = Horizons(
     late_d=1,
     topics_d=4,
     round_h=8,
-    max_rows=600,
+    max_rows=720,
     looked_at_d=3,
     load_bytes=1000,
 )

@@ -82,7 +82,7 @@ class Town:
             self._dawn(day)
         made = self._crowd.click(n)
         chance = self._chance.random((n, 2))
-        favourites = self._crowd._favourites[:, :2]
+        favourites = self._crowd._favourites
         found = []
         for row in range(n):
             shopper, category = (int(text.rpartition("-")[2]) for text in (made.users[row], made.categories[row]))
@@ -94,7 +94,7 @@ class Town:
                 "time": int(made.at_ms[row]),
             }
             if chance[row, 0] < LABELLED:
-                click["liked"] = bool(category in favourites[shopper]) != bool(chance[row, 1] < MISTAKEN)
+                click["liked"] = (category in favourites[shopper][:2]) != bool(chance[row, 1] < MISTAKEN)
             found.append(_record(click))
         return found
 
