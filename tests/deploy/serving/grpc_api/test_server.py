@@ -57,11 +57,13 @@ def test_health_follows_readiness_and_a_worker_ends_in_order(stores: Stores, wor
     with worker(stores, port, workers, grpc_port) as process, channel_to(grpc_port) as channel:
         until(lambda: answers(port, "/readyz"))
         stub = health_pb2_grpc.HealthStub(channel)
-        assert stub.Check(health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=30).status == SERVING
+        asked = health_pb2.HealthCheckRequest()
+        # The worker of this connection may be another one than the first to be ready.
+        until(lambda: stub.Check(asked, wait_for_ready=True, timeout=30).status == SERVING)
         with pytest.raises(grpc.RpcError) as refused:
             stub.Check(health_pb2.HealthCheckRequest(service="no.such.Service"), timeout=30)
         assert refused.value.code() == grpc.StatusCode.NOT_FOUND
-        watched, left = (stub.Watch(health_pb2.HealthCheckRequest(), timeout=60) for _ in range(2))
+        watched, left = (stub.Watch(asked, timeout=60) for _ in range(2))
         assert next(watched).status == next(left).status == SERVING
         left.cancel()
         process.send_signal(signal.SIGTERM)
