@@ -21,8 +21,8 @@ from deploy.serving.answers.query import Query
 from state.config.settings import Settings
 from state.events.identity import load_salt
 from state.process.environment import wall_ms
+from tests.bench.answers.stores import fill
 from tests.bench.report import Figure, report
-from tests.bench.serving import fill
 
 
 def took_ms(call: Callable[[str], object], users: int, rounds: int) -> list[float]:
@@ -39,7 +39,7 @@ def main(users: int, rounds: int) -> None:
     with tempfile.TemporaryDirectory(prefix="springtide-bench-") as folder:
         settings = Settings()
         settings = replace(settings, paths=replace(settings.paths, state=folder))
-        fill(settings, users, 256)
+        fill(settings, users, events=256, rows=users)
         host = Host(settings, load_salt(settings.salt_path), wall_ms)
         predictor = host.predictor()
 

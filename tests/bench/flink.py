@@ -21,13 +21,13 @@ import httpx
 import numpy as np
 import psutil
 
-from deploy.flink.command import end_jobs, url
+from deploy.flink.command import end_jobs
 from deploy.local_kafka import Broker
 from state.config.sections import Kafka, Paths, Stream
 from state.config.settings import Settings
 from state.errors import FlinkFailed
 from state.events.identity import load_salt
-from state.flink import JobManager
+from state.flink import JobManager, url
 from state.log import Topics
 from state.process.network import free_port
 from tests.bench.report import Figure, Stages, report

@@ -203,7 +203,7 @@ def snapshot(users: int, each: int, memory: Path, disk: Path, progress: Stages) 
     assert made is not None
     costs, longest_s, cuts = [], [whole.longest_s], []
     for number in range(3):
-        gained = []
+        gained = list[Gained]()
         while sum(len(part.users) for part in gained) < RATE * EVERY_S:
             events, chosen = clicks(ROWS, at, rng), known[rng.integers(0, users, ROWS)]
             store.commit(Appends.of(chosen, events), [Range(SOURCE, at, at + ROWS, rows=ROWS)])
@@ -230,13 +230,13 @@ def snapshot(users: int, each: int, memory: Path, disk: Path, progress: Stages) 
     assert other.digest() == digest, "the loaded histories differ"
     size = (other.path / DATA).stat().st_size
     other.close()
-    events, delta_us = users * each, 1e6 * min(costs) / (RATE * EVERY_S)
-    base_us = 1e6 * whole.cpu_s / events
+    total, delta_us = users * each, 1e6 * min(costs) / (RATE * EVERY_S)
+    base_us = 1e6 * whole.cpu_s / total
     return {
         "snapshot of all users": Figure(whole.cpu_s, "cpu-s"),
         "snapshot of all users, an event": Figure(base_us, "us"),
         "size of a snapshot": Figure(made.bytes / 1e6, "MB"),
-        "an event in a snapshot": Figure(made.bytes / events, "bytes"),
+        "an event in a snapshot": Figure(made.bytes / total, "bytes"),
         "snapshot of the clicks since, a click": Figure(delta_us, "us"),
         "share of a core at 10,000 clicks/s": Figure(RATE * (delta_us + REBASED * base_us) / 1e6, "ratio", "<= 0.05"),
         "a cut, processor": Figure(1e3 * max(cuts), "cpu-ms", "<= 10"),
@@ -244,8 +244,8 @@ def snapshot(users: int, each: int, memory: Path, disk: Path, progress: Stages) 
         "the same without a snapshot": Figure(1e3 * idle.longest_s, "ms"),
         "loading a snapshot": Figure(wall_s, "s", "<= 60"),
         "loading a snapshot, processor": Figure(cpu_s, "cpu-s"),
-        "loading a snapshot, an event": Figure(1e6 * cpu_s / events, "us"),
-        "an event in a loaded store": Figure(size / events, "bytes"),
+        "loading a snapshot, an event": Figure(1e6 * cpu_s / total, "us"),
+        "an event in a loaded store": Figure(size / total, "bytes"),
     }
 
 

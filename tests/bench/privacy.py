@@ -47,6 +47,7 @@ from trainer.engine.adam import EPSILON
 from trainer.engine.private_step import PrivateTrainer
 from trainer.engine.record import Recorder
 from trainer.engine.step import Trainer
+from trainer.engine.tensorflow_engine import Adam
 from trainer.model.model import Preprocessing
 from trainer.privacy import NoisePlace
 from trainer.versions.starting import trainer_of
@@ -191,11 +192,14 @@ def silence(trainer: Trainer) -> None:
     """Takes noise and bound off a private trainer that has not learned yet."""
     assert isinstance(trainer, PrivateTrainer)
     trainer.private.noise = trainer.private.deviation = 0.0
-    trainer.private._clip, trainer.optimizer.epsilon = 1e9, EPSILON
+    trainer.private._clip = 1e9
+    assert isinstance(trainer.optimizer, Adam)
+    trainer.optimizer.epsilon = EPSILON
 
 
 def _is_member(users: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
-    return (mixed(users ^ np.uint64(0x5EED)) & np.uint64(1)) == 0
+    is_member: npt.NDArray[np.bool_] = (mixed(users ^ np.uint64(0x5EED)) & np.uint64(1)) == 0
+    return is_member
 
 
 def _place(number: int) -> NoisePlace:

@@ -52,8 +52,8 @@ def main(rows: int) -> None:
     table = trainer.tables["user"]
     every = np.arange(1, rows + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     for first in range(0, rows, 1_000_000):
-        part = every[first : first + 1_000_000]
-        table.observe(part, np.full(part.size, 1, np.int64))
+        users = every[first : first + 1_000_000]
+        table.observe(users, np.full(users.size, 1, np.int64))
     drawn = np.random.default_rng(0)
     waited: dict[str, list[float]] = {"recent": [], "durable": []}
     took: dict[str, list[float]] = {"recent": [], "durable": []}

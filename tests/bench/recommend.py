@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from deploy.serving.answers.items import SIMILAR_CANDIDATES, Recommendations, SimilarItems, rank, similar
+from deploy.serving.answers.items import SIMILAR_CANDIDATES, rank, similar
 from deploy.serving.answers.query import Cap, NamedItem, Query, WantedItems
 from deploy.serving.answers.queue import finished
 from deploy.serving.host_files import MOST_ITEMS
@@ -28,6 +28,7 @@ from evaluation.measures import OURS
 from evaluation.progressive import Plan, ProgressiveValidation, ServingHost
 from evaluation.recording import SALT
 from evaluation.report import recommendation_tables
+from springtide_client.answers import Recommendations, SimilarItems
 from state.config.settings import Settings
 from state.events.identity import public_id
 from state.features.spec import EVENT, FeatureSpec
@@ -127,7 +128,8 @@ def timed(act: Callable[[int], object], times: int) -> dict[str, float]:
 
 def recall(host: Bench, users: list[int]) -> float:
     """Of the 20 items nearest to a user by all rows, those that the index finds."""
-    parts, following = list[tuple[Any, Any]](), 0
+    parts = list[tuple[Any, Any]]()
+    following: int | None = 0
     with host.rows.reader() as reader:
         served = reader.served()
         assert served is not None

@@ -201,7 +201,7 @@ def micro_batches(
     for first in range(begin, users.size, step_rows):
         part = slice(first, min(first + step_rows, users.size))
         rows = part.stop - first
-        vectors = spec.empty(rows)
+        vectors: Any = spec.empty(rows)
         for row, (user, at_ms) in enumerate(zip(users[part].tolist(), events["at_ms"][part].tolist(), strict=True)):
             vector = vectorise(histories[user], at_ms, seen[user], Mask.NONE, spec)
             for columns, values in zip(vectors, vector, strict=True):

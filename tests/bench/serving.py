@@ -64,7 +64,7 @@ class Host:
     def ask(self, stage: str, path: str, part: float = 1.0, **other: float) -> Taken:
         """Asks for a part of the time; in one run after another, for there are two cores."""
         progress.say(stage)
-        return measure(Load(self.port, path, self.users, self.seconds * part, **other))  # type: ignore[arg-type]
+        return measure(Load(self.port, path, self.users, self.seconds * part, **other))
 
     def cpu_s(self) -> float:
         """Processor time of the worker so far."""

@@ -17,7 +17,7 @@ import time
 from datetime import timedelta
 from typing import Any
 
-from quixstreams import Application  # type: ignore[import-not-found]  # of PYTHON, not of this project
+from quixstreams import Application  # of PYTHON, not of this project
 
 
 def main(bootstrap_servers: str, topic: str, events: int) -> None:
