@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import permutations
 from typing import NamedTuple
 
@@ -340,6 +341,12 @@ class Coalitions:
         return group_values / len(self._orders)
 
 
+@lru_cache(64)
+def coalitions_of(groups: int) -> Coalitions:
+    """The coalitions of so many groups; they depend on nothing else, and take longer to find than to use."""
+    return Coalitions(groups)
+
+
 def explain(predictor: Predictor, query: Query, label: str | None) -> Generator[None, None, Explanation]:
     """Explains an answer; yields after each batch, so that other requests are answered in between.
 
@@ -411,14 +418,15 @@ def _parts(
     moving = np.unique(group_of[begin != end])
     # For each value, the column of its group in `members`; any column if the group does not change.
     column = np.searchsorted(moving, group_of).clip(max=max(len(moving) - 1, 0))
-    coalitions = Coalitions(max(len(moving), 1))
+    coalitions = coalitions_of(max(len(moving), 1))
     fixed = {name: value for name, value in prepared.inputs.items() if name not in numbers}
     sizes = {name: given[name].shape[1:] for name in names}
     values = []
     for first in range(0, len(coalitions.members), PAIRS):
         piece = coalitions.members[first : first + PAIRS]
-        points = np.zeros((batch_of(len(piece)), len(group_of)), np.float32)
-        points[: len(piece)] = np.where(piece[:, column], end, begin)
+        padded = np.zeros((batch_of(len(piece)), piece.shape[1]), bool)
+        padded[: len(piece)] = piece
+        points = np.where(padded.take(column, 1), end, begin).astype(np.float32, copy=False)
         # Other requests may have loaded a newer version in between.
         predictor.load_version(reader)
         inputs = _split(points, sizes)
