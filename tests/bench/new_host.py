@@ -31,6 +31,7 @@ from state.history.chunks import CHUNK, key_of, prefix_of
 from state.history.snapshots import REBASED, Cut, Gained, SnapshotWriter
 from state.history.store import HistoryStore
 from state.layout import DATA
+from state.log import topic_plan
 from state.log.follow import Position
 from state.metrics import ApplierMetrics
 from state.microbatch.batch import Header
@@ -41,7 +42,8 @@ from tests.bench.report import Figure, Stages, report
 from tests.memory_log import MemoryLog
 
 SPEC, SETTINGS = FeatureSpec(), Settings()
-ROWS = SETTINGS.stream.cut_rows
+# Numbers drawn alike compress less than those of clicks: a record of `stream.cut_rows` of them would be split.
+ROWS = SETTINGS.stream.cut_rows // 2
 SOURCE, TOPIC, START_MS = Source("ab" * 16, 0), SETTINGS.kafka.microbatches_topic, 1_790_000_040_000
 MAP_BYTES = 16 << 30
 PRIME = np.uint64(0x9E3779B97F4A7C15)
@@ -51,8 +53,8 @@ RATE, EVERY_S, TICK_S = 10_000, SETTINGS.history.snapshot_every_s, 5e-4
 def record(
     number: int, known: NDArray[np.uint64], rng: np.random.Generator, begin_ms: int = START_MS, salt: str = "0" * 16
 ) -> bytes:
-    """One of the log's records: rows of users who are drawn alike, 1.5 s of log time after the record before."""
-    at_ms = begin_ms + 1500 * number
+    """One of the log's records: rows of users who are drawn alike, 0.75 s of log time after the record before."""
+    at_ms = begin_ms + 750 * number
     places = (ROWS, SPEC.recent_categories)
     columns = {
         "user": known[rng.integers(0, len(known), ROWS)],
@@ -77,7 +79,7 @@ def read_log(users: int, records: int, folder: Path, progress: Stages) -> dict[s
     """Figures of a host that reads the whole training log, and of one that holds a sixteenth of the users."""
     rng, log = np.random.default_rng(7), MemoryLog(ids=lambda: "cd" * 16)
     known = np.arange(1, users + 1, dtype=np.uint64) * PRIME
-    log.topics().ensure(TOPIC, 1)
+    log.topics().ensure(*topic_plan.microbatches(SETTINGS))
     progress.say("writing the log")
     with log.writer() as writer:
         for number in range(records):
@@ -91,7 +93,7 @@ def read_with(
     shares: UserShares, log: MemoryLog, users: int, records: int, path: Path, progress: Stages
 ) -> dict[str, Figure]:
     """Figures of a host that holds these shares of the users."""
-    now_ms = START_MS + 1500 * records
+    now_ms = START_MS + 750 * records
     store = HistoryStore(path, SPEC.history, MAP_BYTES, shares=shares)
     metrics = ApplierMetrics(CollectorRegistry())
     host = HistoryFollower(store, SETTINGS, metrics, lambda: now_ms)
@@ -253,7 +255,7 @@ def main() -> None:
     """Takes the figures."""
     flags = argparse.ArgumentParser()
     flags.add_argument("--users", type=int, default=100_000)
-    flags.add_argument("--records", type=int, default=200)
+    flags.add_argument("--records", type=int, default=400)
     flags.add_argument("--snapshot-users", type=int, default=1_000_000)
     flags.add_argument("--events", type=int, default=64)
     asked, progress = flags.parse_args(), Stages("new_host")
