@@ -16,7 +16,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import msgspec
-import psutil
 
 from state.disk import documents
 
@@ -129,14 +128,24 @@ def exchange(first: Path, second: Path) -> None:
     between.rename(first)
 
 
+def start_ticks(pid: int) -> int | None:
+    """When a process started, in clock ticks since the machine did; None if it has ended. Setting the clock changes nothing."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    # Field 22 of proc_pid_stat(5). The name of the program, field 2, may contain spaces and parentheses.
+    return int(stat.rpartition(b")")[2].split()[19])
+
+
 def owner_mark() -> str:
-    """Host, pid and start time of this process, for names of temporary files; cleanup detects dead owners by it."""
+    """Host, pid and start of this process, for names of temporary files; cleanup detects dead owners by it."""
     return _mark_of(os.getpid())
 
 
 @functools.cache
 def _mark_of(pid: int) -> str:
-    return f"{HOST}@{pid}@{psutil.Process(pid).create_time():.2f}"
+    return f"{HOST}@{pid}@{start_ticks(pid)}"
 
 
 def is_dead(mark: str) -> bool:
@@ -144,10 +153,9 @@ def is_dead(mark: str) -> bool:
     host, pid, started = mark.rsplit("@", 2)
     if host != HOST:
         return False
-    try:
-        return f"{psutil.Process(int(pid)).create_time():.2f}" != started
-    except psutil.NoSuchProcess:
-        return True
+    ticks = start_ticks(int(pid))
+    # Release 0.1.0 wrote the time, with a fraction; it changes when the clock is set.
+    return ticks is None or (started.isdigit() and int(started) != ticks)
 
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")

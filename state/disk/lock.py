@@ -127,8 +127,9 @@ class DirectoryLock:
 
     def _write_holder(self) -> None:
         assert self._handle is not None
-        started_s = psutil.Process().create_time()
-        holder = {"host": socket.gethostname(), "pid": os.getpid(), "started_s": started_s, **self._holder}
+        pid = os.getpid()
+        start = {"started_s": psutil.Process().create_time(), "start_ticks": durable.start_ticks(pid)}
+        holder = {"host": socket.gethostname(), "pid": pid, **start, **self._holder}
         # The holder's name is only informative: a full disk must not prevent commands that free space.
         with contextlib.suppress(OSError):
             os.ftruncate(self._handle, 0)
@@ -155,8 +156,10 @@ def is_held(path: Path, name: str = layout.LOCK) -> bool:
         fields = json.loads((path / name).read_bytes())
         if fields["host"] != socket.gethostname():
             return True
-        return bool(psutil.Process(fields["pid"]).create_time() == fields["started_s"])
-    except (OSError, ValueError, KeyError, TypeError, psutil.Error):
+        ticks = durable.start_ticks(fields["pid"])
+        # Release 0.1.0 wrote no ticks.
+        return ticks is not None and bool(fields.get("start_ticks", ticks) == ticks)
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 

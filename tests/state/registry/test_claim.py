@@ -17,7 +17,7 @@ import pytest
 
 from state import layout
 from state.disk.files import HOST
-from state.disk.lock import DirectoryLock
+from state.disk.lock import DirectoryLock, is_held
 from state.errors import LockHeld, UnusableRegistry
 from state.log.accepted_gaps import Accepted, Journal
 from state.positions import Gap, Source
@@ -85,6 +85,21 @@ def content(path: Path) -> dict[str, bytes]:
     passing = {layout.TEMPORARY, layout.TRAINER_LOCK, layout.TAKEOVER_LOCK}
     files = (one for one in path.rglob("*") if one.is_file())
     return {str(one): one.read_bytes() for one in files if one.relative_to(path).parts[0] not in passing}
+
+
+def test_setting_the_clock_takes_nothing_from_a_running_trainer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started(tmp_path, 2)
+    claim = Claim(tmp_path)
+    claim.take()
+    # The time at which a process started is that of the machine's start, which Linux derives from the clock.
+    later_s = psutil.boot_time() + 1.0
+    monkeypatch.setattr("psutil._pslinux.boot_time", lambda: later_s)
+    own = Registry(tmp_path, claim)
+    assert own.directory.sweep() == [] and is_held(tmp_path, layout.TRAINER_LOCK)
+    claim.check()
+    assert publish(own, 2).version == 3
 
 
 @pytest.mark.parametrize("point", POINTS)

@@ -268,11 +268,14 @@ def test_what_was_prepared_is_read_in_its_environment_alone_and_undamaged(regist
 
 def test_a_sweep_removes_the_files_of_the_dead_alone(registry: Registry) -> None:
     alive = registry.directory.temporary("version")
-    alive.mkdir()
+    # Release 0.1.0 wrote the time at which the process started.
+    former = registry.path / "tmp" / f"base-6~{HOST}@{os.getpid()}@1700000000.25"
+    for folder in (alive, former):
+        folder.mkdir()
     dead = registry.path / "tmp" / f"base-7~{HOST}@{2**22 + 1}@0.00"
     dead.mkdir()
     assert registry.directory.sweep() == [dead.name]
-    assert list(dead.parent.iterdir()) == [alive]
+    assert sorted(dead.parent.iterdir()) == sorted([alive, former])
 
 
 def test_the_registry_of_release_1_is_still_read(tmp_path: Path) -> None:
