@@ -129,7 +129,10 @@ def exchange(first: Path, second: Path) -> None:
 
 
 def start_ticks(pid: int) -> int | None:
-    """When a process started, in clock ticks since the machine booted; None if it has ended. Setting the clock does not change it."""
+    """When a process started, in clock ticks since the machine booted; None if it has ended.
+
+    Setting the clock does not change it.
+    """
     try:
         stat = Path(f"/proc/{pid}/stat").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
