@@ -280,6 +280,10 @@ class Reader:
             except kafka_errors.LogTruncationError as problem:
                 self._consumer.close()
                 raise self._truncated(problem) from problem
+            except kafka_errors.KafkaError as problem:
+                self._consumer.close()
+                with translated(settings, f"read topic {topic}"):
+                    raise problem
         except BaseException:
             self._topics.close()
             raise

@@ -19,6 +19,7 @@ from state.config.sections import Kafka
 from state.errors import LogError, TruncatedLog, UnknownTopic, UnreachableBroker
 from state.log import Log, Reader, Topics, Writer, client_options, partition_of
 from state.log.bulk import BulkWriter, encode_batch
+from state.log.reader import BatchConsumer
 from state.positions import Gap, Source
 from tests.reading import all_ends, append_encoded, eventually, joined, read_until, values, write
 from tests.segments import cut_back
@@ -90,7 +91,19 @@ def test_a_broker_that_hangs_or_is_killed_and_is_back_costs_nothing_but_time(
         assert eventually(lambda: not reachable())
         os.kill(own.pid or 0, signal.SIGCONT)
         assert eventually(reachable)
-        own.kill()
+        # It dies just before a reader that opens asks whether the log was truncated.
+        validate = BatchConsumer.validate
+
+        def validate_late(consumer: BatchConsumer, timeout_s: float) -> None:
+            own.kill()
+            validate(consumer, timeout_s)
+
+        with (
+            monkeypatch.context() as opening,
+            pytest.raises(UnreachableBroker, match="cannot read topic killed-clicks"),
+        ):
+            opening.setattr(BatchConsumer, "validate", validate_late)
+            Reader(settings, "killed-clicks", positions={0: 1}, leaders={0: reader.leader_epoch(0, 1)})
         for _ in range(10):
             assert reader.poll(0.05) == []
         assert eventually(lambda: not reader.reachable())
