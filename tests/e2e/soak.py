@@ -140,6 +140,8 @@ def main() -> int:
     parser.add_argument("--warm-minutes", type=float, default=5.0)
     parser.add_argument("--rate", type=float, default=10_000.0)
     options = parser.parse_args()
+    if options.minutes <= options.warm_minutes:
+        parser.error(f"--minutes {options.minutes:g} is not longer than --warm-minutes {options.warm_minutes:g}")
     # Kept where the soak broke off: the logs in it say why.
     directory = Path(tempfile.mkdtemp(prefix="springtide-soak-"))
     full = {"features.history": 64, "serving.keep_s": 180}
