@@ -128,7 +128,7 @@ def exchange(first: Path, second: Path) -> None:
     between.rename(first)
 
 
-def start_ticks(pid: int) -> int | None:
+def _start_ticks(pid: int) -> int | None:
     """When a process started, in clock ticks since the machine booted; None if it has ended.
 
     Setting the clock does not change it.
@@ -148,7 +148,7 @@ def owner_mark() -> str:
 
 @functools.cache
 def _mark_of(pid: int) -> str:
-    return f"{HOST}@{pid}@{start_ticks(pid)}"
+    return f"{HOST}@{pid}@{_start_ticks(pid)}"
 
 
 def is_dead(mark: str) -> bool:
@@ -156,7 +156,7 @@ def is_dead(mark: str) -> bool:
     host, pid, started = mark.rsplit("@", 2)
     if host != HOST:
         return False
-    ticks = start_ticks(int(pid))
+    ticks = _start_ticks(int(pid))
     # Release 0.1.0 wrote the time, with a fraction; it changes when the clock is set.
     return ticks is None or (started.isdigit() and int(started) != ticks)
 

@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import json
 import os
-import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -127,9 +126,8 @@ class DirectoryLock:
 
     def _write_holder(self) -> None:
         assert self._handle is not None
-        pid = os.getpid()
-        start = {"started_s": psutil.Process().create_time(), "start_ticks": durable.start_ticks(pid)}
-        holder = {"host": socket.gethostname(), "pid": pid, **start, **self._holder}
+        started_s, owner = psutil.Process().create_time(), durable.owner_mark()
+        holder = {"host": durable.HOST, "pid": os.getpid(), "started_s": started_s, "owner": owner, **self._holder}
         # The holder's name is only informative: a full disk must not prevent commands that free space.
         with contextlib.suppress(OSError):
             os.ftruncate(self._handle, 0)
@@ -154,11 +152,9 @@ def is_held(path: Path, name: str = layout.LOCK) -> bool:
     """Whether the process in the lock file is running; takes no lock. A process on another host counts as running."""
     try:
         fields = json.loads((path / name).read_bytes())
-        if fields["host"] != socket.gethostname():
-            return True
-        ticks = durable.start_ticks(fields["pid"])
-        # Release 0.1.0 wrote no ticks.
-        return ticks is not None and bool(fields.get("start_ticks", ticks) == ticks)
+        # Release 0.1.0 wrote the parts of a mark only.
+        mark = str(fields["owner"]) if "owner" in fields else "{host}@{pid}@{started_s}".format_map(fields)
+        return not durable.is_dead(mark)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

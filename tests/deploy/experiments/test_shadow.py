@@ -241,7 +241,9 @@ def test_a_trainer_that_is_paused_or_does_not_run_is_reported(quiet_settings: Se
         assert word() == "paused"
     own_registry.change(lambda now: train(now, True, actor="ann", reason="fine", now_ms=10))
     content = json.loads((own_registry.path / layout.TRAINER_LOCK).read_text())
-    (own_registry.path / layout.TRAINER_LOCK).write_text(json.dumps(content | {"start_ticks": 0}))
+    (own_registry.path / layout.TRAINER_LOCK).write_text(
+        json.dumps(content | {"owner": f"{content['host']}@{content['pid']}@0"})
+    )
     assert word() == "no trainer"
 
 
