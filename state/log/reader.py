@@ -7,6 +7,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import kafka.errors as kafka_errors
@@ -275,15 +276,12 @@ class Reader:
             }
             self._consumer = BatchConsumer(settings, topic, committed_only)
             try:
-                self._assign()
-                self._consumer.validate(settings.request_timeout_s)
-            except kafka_errors.LogTruncationError as problem:
+                with self._reading():
+                    self._assign()
+                    self._consumer.validate(settings.request_timeout_s)
+            except BaseException:
                 self._consumer.close()
-                raise self._truncated(problem) from problem
-            except kafka_errors.KafkaError as problem:
-                self._consumer.close()
-                with translated(settings, f"read topic {topic}"):
-                    raise problem
+                raise
         except BaseException:
             self._topics.close()
             raise
@@ -400,25 +398,32 @@ class Reader:
         for partition, offset in self._positions.items():
             self.seek(partition, offset)
 
-    def _fetch(self, timeout_s: float) -> None:
-        self._paused = self._paused or time.monotonic() - self._polled_s > PAUSE_S
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Translates what the client raises while it reads or opens."""
         try:
-            chunks_of = self._consumer.poll(timeout_s, self._buffer.full)
+            yield
         except kafka_errors.LogTruncationError as problem:
             raise self._truncated(problem) from problem
-        except kafka_errors.OffsetOutOfRangeError:
-            self._check()
-            ends = self._topics.ends(self.topic)
-            for partition, position in self._positions.items():
-                require_kept(self.topic, self.topic_id, partition, position, *ends[partition])
-            # Records were deleted exactly up to our position meanwhile: nothing is lost.
-            self._assign()
-            return
         except kafka_errors.KafkaError as problem:
             with translated(self._settings, f"read topic {self.topic}"):
                 raise problem
-        finally:
-            self._polled_s = time.monotonic()
+
+    def _fetch(self, timeout_s: float) -> None:
+        self._paused = self._paused or time.monotonic() - self._polled_s > PAUSE_S
+        with self._reading():
+            try:
+                chunks_of = self._consumer.poll(timeout_s, self._buffer.full)
+            except kafka_errors.OffsetOutOfRangeError:
+                self._check()
+                ends = self._topics.ends(self.topic)
+                for partition, position in self._positions.items():
+                    require_kept(self.topic, self.topic_id, partition, position, *ends[partition])
+                # Records were deleted exactly up to our position meanwhile: nothing is lost.
+                self._assign()
+                return
+            finally:
+                self._polled_s = time.monotonic()
         # A name does not identify a topic. Before any delivery, check that the
         # topic is still the one to which our positions belong.
         changed = self._consumer.topic_id() not in (None, self.topic_id)
