@@ -341,10 +341,8 @@ class Coalitions:
         return group_values / len(self._orders)
 
 
-@lru_cache(64)
-def coalitions_of(groups: int) -> Coalitions:
-    """The coalitions of so many groups; they depend on nothing else, and take longer to find than to use."""
-    return Coalitions(groups)
+coalitions_of = lru_cache(64)(Coalitions)
+"""The coalitions of so many groups; they depend on nothing else, and take longer to find than to use."""
 
 
 def explain(predictor: Predictor, query: Query, label: str | None) -> Generator[None, None, Explanation]:
