@@ -1,8 +1,8 @@
 """How fast a serving host without histories reads the training log and a snapshot, and what a snapshot costs its writer.
 
-    python -m tests.bench.new_host [--users 100000] [--records 200] [--snapshot-users 1000000] [--events 64]
+    python -m tests.bench.new_host [--users 100000] [--records 400] [--snapshot-users 1000000] [--events 64]
 
-Records are as large as the stream cuts them under load. The log is in memory, so that Kafka's client is left out. It
+Records are half as large as the stream cuts them under load. The log is in memory, so that Kafka's client is left out. It
 reads such a record in a fraction of the time of what follows. The stores are real and in memory, as the applier has
 them; the snapshot is in a directory on the disk.
 """
@@ -47,14 +47,14 @@ ROWS = SETTINGS.stream.cut_rows // 2
 SOURCE, TOPIC, START_MS = Source("ab" * 16, 0), SETTINGS.kafka.microbatches_topic, 1_790_000_040_000
 MAP_BYTES = 16 << 30
 PRIME = np.uint64(0x9E3779B97F4A7C15)
+RECORD_MS = 750
+"""Log time between two records."""
 RATE, EVERY_S, TICK_S = 10_000, SETTINGS.history.snapshot_every_s, 5e-4
 
 
-def record(
-    number: int, known: NDArray[np.uint64], rng: np.random.Generator, begin_ms: int = START_MS, salt: str = "0" * 16
-) -> bytes:
-    """One of the log's records: rows of users who are drawn alike, 0.75 s of log time after the record before."""
-    at_ms = begin_ms + 750 * number
+def record(number: int, known: NDArray[np.uint64], rng: np.random.Generator) -> bytes:
+    """One of the log's records: rows of users who are drawn alike, `RECORD_MS` after the record before."""
+    at_ms = START_MS + RECORD_MS * number
     places = (ROWS, SPEC.recent_categories)
     columns = {
         "user": known[rng.integers(0, len(known), ROWS)],
@@ -72,7 +72,7 @@ def record(
         "category_windows": rng.poisson(2, (*places, len(SPEC.window_names))).astype(np.uint16),
     }
     source = Range(SOURCE, number * ROWS, (number + 1) * ROWS, rows=ROWS)
-    return encode(Header(SPEC.digest, salt, (source,), at_ms, clocks=((at_ms - 1, at_ms),)), columns)
+    return encode(Header(SPEC.digest, "0" * 16, (source,), at_ms, clocks=((at_ms - 1, at_ms),)), columns)
 
 
 def read_log(users: int, records: int, folder: Path, progress: Stages) -> dict[str, Figure]:
@@ -93,7 +93,7 @@ def read_with(
     shares: UserShares, log: MemoryLog, users: int, records: int, path: Path, progress: Stages
 ) -> dict[str, Figure]:
     """Figures of a host that holds these shares of the users."""
-    now_ms = START_MS + 750 * records
+    now_ms = START_MS + RECORD_MS * records
     store = HistoryStore(path, SPEC.history, MAP_BYTES, shares=shares)
     metrics = ApplierMetrics(CollectorRegistry())
     host = HistoryFollower(store, SETTINGS, metrics, lambda: now_ms)
