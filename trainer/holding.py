@@ -23,6 +23,7 @@ from state.errors import UnusableRegistry
 from state.metrics import TrainerMetrics
 from state.microbatch.batch import MicroBatch
 from state.positions import Source
+from state.process.environment import Clocks
 from state.process.log_lines import SaidOnce
 from state.registry.control import Control, HeldUpdate, SuspectClicks, hold
 from state.registry.registry import Registry
@@ -359,16 +360,14 @@ class UpdateGuard:
         settings: Settings,
         registry: Registry,
         metrics: TrainerMetrics,
-        clock: Callable[[], float],
-        elapsed: Callable[[], float],
+        clocks: Clocks,
         shown: Callable[[], Mapping[str, Sequence[str]]],
     ) -> None:
         wanted, self._shown = settings.guard, shown
         value_counts = {name: len(values) for name, values in shown().items()}
         self._watch = WindowWatch(wanted, json.dumps([value_counts, settings.events.actions]))
-        self._enabled, self._registry, self._metrics, self._clock = wanted.mode == "on", registry, metrics, clock
-        self._last, self._elapsed = PASSED, elapsed
-        self._skipped, self._skipped_since = 0, WindowStart(0, 0)
+        self._enabled, self._registry, self._metrics, self._clocks = wanted.mode == "on", registry, metrics, clocks
+        self._last, self._skipped, self._skipped_since = PASSED, 0, WindowStart(0, 0)
         # A hold that is not in control yet, and the trainer's position at the hold.
         self._unwritten: tuple[HeldUpdate, TrainingPlace] | None = None
         self._tried_s, self._log_once = float("-inf"), SaidOnce(logger.error)
@@ -425,14 +424,14 @@ class UpdateGuard:
 
     def write(self) -> bool:
         """Writes a waiting hold, and retries after `AGAIN_S` if that fails; returns True if control holds it now."""
-        if self._unwritten is None or self._elapsed() - self._tried_s < AGAIN_S:
+        if self._unwritten is None or self._clocks.elapsed() - self._tried_s < AGAIN_S:
             return False
         update, after = self._unwritten
         self._show_held(update)
         try:
             written = self._hold(update, after)
         except UnusableRegistry as error:
-            self._tried_s = self._elapsed()
+            self._tried_s = self._clocks.elapsed()
             self._log_once(
                 f"{update.in_words()}, and its hold cannot be written: {error}; nothing is published until it is"
             )
@@ -507,7 +506,7 @@ class UpdateGuard:
         def with_hold(control: Control) -> Control:
             if control.epoch != after.epoch:
                 return control
-            now_ms = int(self._clock() * 1000)
+            now_ms = int(self._clocks.wall() * 1000)
             return hold(control, update, actor=ACTOR, reason=update.in_words(), now_ms=now_ms)
 
         control = self._registry.change(with_hold)

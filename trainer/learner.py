@@ -28,6 +28,7 @@ from state.log.topic_plan import TRAINING_PARTITION
 from state.metrics import TrainerMetrics
 from state.positions import Gap, Source
 from state.process import killpoints
+from state.process.environment import CLOCKS, Clocks
 from state.process.log_lines import SaidOnce
 from state.registry.control import Control, follow
 from state.registry.log_line import onward
@@ -69,8 +70,8 @@ logger = logging.getLogger(__name__)
 class CatchingUp:
     """Follows one epoch from its start until the trainer has caught up. The step thread calls every method."""
 
-    def __init__(self, registry: Registry, clock: Callable[[], float], elapsed: Callable[[], float]) -> None:
-        self._registry, self._clock, self._elapsed = registry, clock, elapsed
+    def __init__(self, registry: Registry, clocks: Clocks) -> None:
+        self._registry, self._clocks = registry, clocks
         self._refused_s = float("-inf")
         self._began: Control | None = None
         self._goal: dict[Source, int] = {}
@@ -120,7 +121,7 @@ class CatchingUp:
         # 2.
         if not control.serving.then_follow:
             self._watched = False
-        elif self._elapsed() - self._refused_s < RETRY_S:
+        elif self._clocks.elapsed() - self._refused_s < RETRY_S:
             return
         elif not busy and (position.first >= self._end or not position.changed):
             with unless_full(self._warn_once):
@@ -157,7 +158,7 @@ class CatchingUp:
     def _write(self, position: TrainingPlace) -> None:
         if self._began is None or self._began.base is None:
             return
-        now_ms = int(self._clock() * 1000)
+        now_ms = int(self._clocks.wall() * 1000)
         document: dict[str, Any] = {
             "at_ms": now_ms,
             "seconds": max(0, now_ms - self._began.created_at_ms) / 1000,
@@ -177,7 +178,7 @@ class CatchingUp:
         def caught_up(newest: Control) -> Control:
             if newest.epoch != control.epoch or not newest.serving.then_follow:
                 return newest
-            who, now_ms = f"trainer:{getpass.getuser()}", int(self._clock() * 1000)
+            who, now_ms = f"trainer:{getpass.getuser()}", int(self._clocks.wall() * 1000)
             return follow(newest, actor=who, reason=f"caught up, as the {action} asked", now_ms=now_ms)
 
         try:
@@ -191,7 +192,7 @@ class CatchingUp:
         except UnusableRegistry as error:
             if is_full(error):
                 raise
-            self._refused_s = self._elapsed()
+            self._refused_s = self._clocks.elapsed()
             self._warn_once(f"{error}; serving follows once control can be written")
             return False
 
@@ -270,8 +271,7 @@ class Surroundings:
     room: Room | None = None
     begins: Begins = from_nothing
     recent_s: float = RECENT_S
-    clock: Callable[[], float] = time.time
-    elapsed: Callable[[], float] = time.monotonic
+    clocks: Clocks = CLOCKS
 
 
 class Learner:
@@ -287,20 +287,18 @@ class Learner:
         metrics: TrainerMetrics,
         surroundings: Surroundings = Surroundings(),
     ) -> None:
-        clock, elapsed = surroundings.clock, surroundings.elapsed
+        clocks = surroundings.clocks
         self._settings, self._registry, self._trainer = settings, registry, trainer
         self._kafka, self._spec, self._description, self._begins = log, model.spec, model.about, surroundings.begins
         self._partition = TRAINING_PARTITION
-        self._metrics, self._clock, self._elapsed = metrics, clock, elapsed
+        self._metrics, self._clocks = metrics, clocks
         self._passages = Passages(
-            Journal(registry.path / layout.GAPS, registry.directory.staging), surroundings.consent, metrics, clock
+            Journal(registry.path / layout.GAPS, registry.directory.staging), surroundings.consent, metrics, clocks.wall
         )
-        self._publisher = Publisher(registry, metrics, surroundings.recent_s, surroundings.room, elapsed)
-        self._updates = UpdateGuard(settings, registry, metrics, clock, elapsed, lambda: trainer.measures.shown())
-        self._publications = Publications(
-            settings, self._publisher, model, trainer, metrics, self._updates, clock, elapsed
-        )
-        self._catching_up = CatchingUp(registry, clock, elapsed)
+        self._publisher = Publisher(registry, metrics, surroundings.recent_s, surroundings.room, clocks.elapsed)
+        self._updates = UpdateGuard(settings, registry, metrics, clocks, lambda: trainer.measures.shown())
+        self._publications = Publications(settings, self._publisher, model, trainer, metrics, self._updates, clocks)
+        self._catching_up = CatchingUp(registry, clocks)
         self._losses = LossRecorder(registry.path)
         self._budget = PrivacyBudget(settings, registry.directory, trainer, metrics, model.environment)
         self._log: Reader | None = None
@@ -463,9 +461,9 @@ class Learner:
         return self._poll_control()
 
     def _poll_control(self) -> bool:
-        if self._elapsed() - self._polled_s < CONTROL_S:
+        if self._clocks.elapsed() - self._polled_s < CONTROL_S:
             return False
-        self._polled_s = self._elapsed()
+        self._polled_s = self._clocks.elapsed()
         control = self._registry.control()
         if control is None:
             return False
@@ -506,7 +504,7 @@ class Learner:
     @property
     def _late_s(self) -> float:
         """How long the last records that were taken had waited in the log, if others waited at the last poll."""
-        return max(0.0, self._clock() - self.taken_ms / 1000) if self._behind else 0.0
+        return max(0.0, self._clocks.wall() - self.taken_ms / 1000) if self._behind else 0.0
 
     def publish(self, last: bool = False) -> None:
         """Hands the changes to the publisher; the copy is made here, in the step thread. The `last` one is durable."""

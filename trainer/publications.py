@@ -14,6 +14,7 @@ from state import probe
 from state.config.settings import Settings
 from state.log.topic_plan import TRAINING_PARTITION
 from state.metrics import TrainerMetrics
+from state.process.environment import Clocks
 from state.registry.control import Control
 from state.registry.log_line import epoch_at, onward
 from state.registry.manifest import TOLD_MS, Draft, Kind, LogRange, Manifest
@@ -145,20 +146,19 @@ class Publications:
         trainer: Trainer,
         metrics: TrainerMetrics,
         updates: UpdateGuard,
-        clock: Callable[[], float],
-        elapsed: Callable[[], float],
+        clocks: Clocks,
     ) -> None:
         self._updates = updates
         self._publisher, self._model, self._trainer = publisher, model, trainer
         self._topic = settings.kafka.microbatches_topic
-        self._metrics, self._publish_s, self._clock, self._elapsed = metrics, settings.trainer.publish_s, clock, elapsed
+        self._metrics, self._publish_s, self._clocks = metrics, settings.trainer.publish_s, clocks
         self._durable_s, self._probed = settings.registry.durable_s, ProbedRanker(trainer.model, trainer.engine.predict)
-        self._pace = Pace(self._publish_s, elapsed())
+        self._pace = Pace(self._publish_s, clocks.elapsed())
         self._saved_s = self._full_s = float("-inf")
 
     def _durable_is_due(self, position: TrainingPlace) -> bool:
         is_last_recent = position.parent - position.durable >= MOST_BETWEEN - 1
-        return is_last_recent or self._elapsed() - self._saved_s >= self._durable_s
+        return is_last_recent or self._clocks.elapsed() - self._saved_s >= self._durable_s
 
     @property
     def busy(self) -> bool:
@@ -167,7 +167,7 @@ class Publications:
 
     def begin(self) -> None:
         """Begins an epoch, or continues after a start: the first version is due a pace later, and durable."""
-        self._pace, self._saved_s = Pace(self._publish_s, self._elapsed()), float("-inf")
+        self._pace, self._saved_s = Pace(self._publish_s, self._clocks.elapsed()), float("-inf")
 
     def due_in_s(
         self, position: TrainingPlace, control: Control, late_s: float, steps_s: float, has_stepped: bool
@@ -183,7 +183,7 @@ class Publications:
             return math.inf
         if not self._publisher.accepts or (is_durable and self._publisher.saves):
             return WRITING_S
-        return self._pace.due_in_s(self._elapsed(), late_s, steps_s, has_stepped)
+        return self._pace.due_in_s(self._clocks.elapsed(), late_s, steps_s, has_stepped)
 
     def settle(self, wait: bool = False) -> list[Manifest]:
         """The versions that have been written since the last call; see `Publisher.settle`.
@@ -206,9 +206,9 @@ class Publications:
         began = time.perf_counter()
         # A durable version may become due after `due_in_s`, while another one is written.
         durable = last or (self._durable_is_due(position) and not self._publisher.saves)
-        probe, is_full = {}, durable or self._elapsed() - self._full_s >= FULL_S
+        probe, is_full = {}, durable or self._clocks.elapsed() - self._full_s >= FULL_S
         if is_full:
-            probe, self._full_s = self._probed.answers(), self._elapsed()
+            probe, self._full_s = self._probed.answers(), self._clocks.elapsed()
         served = checkpoint.served(self._trainer, is_full) | probe
         if (at := onward(control.log, position.next)) != position.next:
             # The leader epochs of the skipped records are unknown.
@@ -222,7 +222,7 @@ class Publications:
             saving = Saving(since, checkpoint.changes(self._trainer) | probe | self._updates.kept())
         self._metrics.publish_stall_seconds.observe(time.perf_counter() - began)
         self._publisher.offer(draft, served, saving)
-        published_s = self._elapsed()
+        published_s = self._clocks.elapsed()
         self._pace.published(published_s)
         if durable:
             self._saved_s = published_s
@@ -283,7 +283,7 @@ class Publications:
             sources=tuple(position.marks.items()),
             steps=counters.steps,
             rows=counters.trained,
-            created_at_ms=int(self._clock() * 1000),
+            created_at_ms=int(self._clocks.wall() * 1000),
             event_time_ms=counters.event_time_ms,
             spec=model.spec,
             program=model.program,

@@ -11,12 +11,28 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
+from typing import NamedTuple
 
 
 def wall_ms() -> int:
     """Milliseconds since the Unix epoch."""
     return time.time_ns() // 1_000_000
 
+
+class Clocks(NamedTuple):
+    """The clocks of a part; tests and benches set them.
+
+    Attributes:
+        wall: Seconds since the Unix epoch; the clock may be set.
+        elapsed: Seconds that only grow.
+    """
+
+    wall: Callable[[], float] = time.time
+    elapsed: Callable[[], float] = time.monotonic
+
+
+CLOCKS = Clocks()
+"""The clocks of the machine."""
 
 _named: ContextVar[str] = ContextVar("actor", default="")
 

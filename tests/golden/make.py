@@ -51,6 +51,7 @@ from state.layout import HISTORIES, MARK
 from state.log import Log, Topics, Writer, client_options, partition_of
 from state.metrics import TrainerMetrics
 from state.microbatch.codec import decode
+from state.process.environment import Clocks
 from state.registry.control import follow, pin, roll_back, start
 from state.registry.registry import Registry
 from streaming import bootstrap
@@ -275,7 +276,7 @@ class Training:
                 checkpoint.environment(self._settings, self.trainer.device, self.trainer.engine.name),
             ),
             TrainerMetrics(CollectorRegistry()),
-            Surroundings(clock=lambda: self._now_ms / 1000, elapsed=lambda: 0.0),
+            Surroundings(clocks=Clocks(lambda: self._now_ms / 1000, lambda: 0.0)),
         )
         control = self.registry.control()
         assert control is not None

@@ -24,6 +24,7 @@ from state.layout import HISTORIES, ROWS
 from state.metrics import TrainerMetrics
 from state.microbatch.batch import Header, MicroBatch
 from state.microbatch.codec import decode, encode
+from state.process.environment import Clocks
 from state.ranking.transitions import pack, signs_of
 from state.ranking.transitions import unpack as unpack_rows
 from state.registry.control import follow, pin, roll_back
@@ -179,7 +180,7 @@ def learner(settings: Settings, registry: Registry, trainer: Trainer, log: Memor
             checkpoint.environment(settings, trainer.device, trainer.engine.name),
         ),
         TrainerMetrics(CollectorRegistry()),
-        Surroundings(clock=lambda: 0.0, elapsed=lambda: float(next(ticks))),
+        Surroundings(clocks=Clocks(lambda: 0.0, lambda: float(next(ticks)))),
     )
     control = registry.control()
     assert control is not None

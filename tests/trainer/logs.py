@@ -19,6 +19,7 @@ from state.log.accepted_gaps import Consent
 from state.metrics import TrainerMetrics
 from state.microbatch.batch import Header
 from state.microbatch.codec import decode, encode
+from state.process.environment import Clocks
 from state.registry.control import start
 from state.registry.manifest import Draft, LogRange
 from state.registry.registry import Registry
@@ -103,7 +104,7 @@ def learner(
         log,
         ServedModel(program, spec.digest, about, checkpoint.environment(settings, trainer.device, trainer.engine.name)),
         TrainerMetrics(CollectorRegistry()),
-        Surroundings(consent, room, begins, recent_s, clock=lambda: 0.0, elapsed=lambda: tick_s * next(ticks)),
+        Surroundings(consent, room, begins, recent_s, Clocks(lambda: 0.0, lambda: tick_s * next(ticks))),
     )
     control = registry.control()
     assert control is not None

@@ -20,6 +20,7 @@ from state.config.settings import Settings
 from state.history.store import HistoryStore
 from state.log import partition_of, topic_plan
 from state.metrics import ApplierMetrics, TrainerMetrics
+from state.process.environment import Clocks
 from state.registry.control import start
 from state.registry.registry import Registry
 from state.rows.store import RowStore
@@ -201,7 +202,7 @@ class Chain:
                 checkpoint.environment(settings, self.trainer.device, self.trainer.engine.name),
             ),
             TrainerMetrics(CollectorRegistry()),
-            Surroundings(clock=self.clock.now_s, elapsed=self.clock.now_s),
+            Surroundings(clocks=Clocks(self.clock.now_s, self.clock.now_s)),
         )
         control = self.registry.control()
         assert control is not None
