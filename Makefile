@@ -106,8 +106,10 @@ venv:
 	@touch $@
 
 .venv/ready: .venv/packages
-	@echo "kernels      are compiled once, half a minute on two cores"
-	@$(BIN)/python -m state.kernels --all
+	@echo "kernels      are compiled once, half a minute on two cores; Kafka is prepared meanwhile"
+	@$(BIN)/python -m deploy.local_kafka & kafka=$$!; \
+	$(BIN)/python -m state.kernels --all; \
+	wait $$kafka || true  # Whoever has a cluster needs no Kafka of this machine.
 	@touch $@
 
 # Next to .venv/packages: no package is in both files of constraints.

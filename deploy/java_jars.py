@@ -182,23 +182,28 @@ LEFT_OUT = re.compile(
 )
 
 
+def cached(product: Product, suffix: str, directory: Path | None = None) -> Path:
+    """The path of a file that is made of a product's jars: in `directory`, by default the user's cache."""
+    if directory is None:
+        directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "springtide"
+    return directory / f"{product.name.lower()}-{hashlib.sha256(product.lock.read_bytes()).hexdigest()[:16]}{suffix}"
+
+
 def merged_jar(say: Callable[[str], None], directory: Path | None = None, product: Product = FLINK) -> Path:
     """Returns the path of Flink's jars, merged into one in `directory`, by default the user's cache; creates it if missing or damaged.
 
     Raises:
         FlinkFailed: A jar cannot be fetched or has another digest, or there is no disk space for the merged jar.
     """
-    if directory is None:
-        directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "springtide"
-    name = f"flink-{hashlib.sha256(product.lock.read_bytes()).hexdigest()[:16]}"
-    path, digest = directory / f"{name}.jar", directory / f"{name}.sha256"
+    path = cached(product, ".jar", directory)
+    digest = path.with_suffix(".sha256")
     if path.is_file() and digest.is_file() and digest.read_text() == _digest(path):
         return path
     jars = product.jars(say=say)
     say(f"merging {len(jars)} jars into {path}, once")
-    temporary = directory / f"{name}.{os.getpid()}"
+    temporary = path.with_suffix(f".{os.getpid()}")
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             merge(jars, temporary)
             written = _digest(temporary)
@@ -209,7 +214,7 @@ def merged_jar(say: Callable[[str], None], directory: Path | None = None, produc
     except OSError as problem:
         raise FlinkFailed(
             f"Flink's jars cannot be merged ({reason_of(problem)})",
-            f"free some space, or correct the access rights of {directory}",
+            f"free some space, or correct the access rights of {path.parent}",
         ) from problem
     return path
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from deploy import local_kafka as broker_module
-from deploy.java_jars import KAFKA, Product, locked
+from deploy.java_jars import KAFKA, Product, cached, locked
 from deploy.local_kafka import Broker
 from state.errors import KafkaFailed, PortTaken
 from state.process.network import free_port
@@ -69,6 +69,30 @@ def test_a_full_disk_is_said_before_anything_is_written(tmp_path: Path, monkeypa
     with pytest.raises(KafkaFailed, match=r"5 MB free.*paths.state"):
         Broker(tmp_path, free_port()).start()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_cache_that_the_installation_writes_fits_java_and_the_jars() -> None:
+    assert broker_module.main([]) == 0
+    cache = cached(KAFKA, ".aot")
+    words = ("-XX:AOTMode=on", "-XX:+UseSerialGC", "kafka.tools.StorageTool", "random-uuid")
+    command = broker_module.command(os.pathsep.join(map(str, KAFKA.jars())), Path(os.devnull), *words)
+    assert f"-XX:AOTCache={cache}" in command
+    # In this mode Java ends if it cannot use the cache.
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    cut = [f"-XX:AOTCache={__file__}" if word.startswith("-XX:AOTCache=") else word for word in command]
+    assert subprocess.run(cut, capture_output=True).returncode != 0
+
+
+def test_a_broker_starts_where_the_cache_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert broker_module.main([]) == 0
+    content = cached(KAFKA, ".aot").read_bytes()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cache = cached(KAFKA, ".aot")
+    cache.parent.mkdir()
+    cache.write_bytes(content[: len(content) // 2])
+    with Broker(tmp_path / "kafka", free_port(), heap_mb=192) as broker:
+        assert broker.pid is not None
 
 
 CHILD = """
