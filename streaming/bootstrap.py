@@ -4,8 +4,7 @@
 
 One bounded Beam job with the stream's own code for clicks and windows:
 
-                                            ┌─ TensorFlow Transform: constants of the preprocessing
-    read ─ parse events ─ compute windows ──┼─ TensorFlow Transform: vocabulary of the categories
+    read ─ parse events ─ compute windows ──┬─ TensorFlow Transform: constants of the preprocessing
                                             └─ tf.Examples for training offline, if requested
 
 1. A custom preprocessing is checked on made-up rows.
@@ -17,6 +16,7 @@ One bounded Beam job with the stream's own code for clicks and windows:
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import json
 import logging
@@ -67,11 +67,8 @@ from streaming.preprocessing import (
     SAMPLE_ROWS,
     analyse,
     analysis,
-    category_batch,
     check_preprocessing,
-    list_categories,
     load_preprocessing,
-    read_categories,
     record_batch,
 )
 from streaming.rows import Rows
@@ -116,6 +113,7 @@ class Tally:
         examples: Rows used for training: all events except outcomes and impressions that have no label yet.
         records: Records, refused ones included.
         refused: Records that are not clicks, by reason.
+        categories: Rows by category id.
     """
 
     clicks: int = 0
@@ -123,6 +121,7 @@ class Tally:
     dropped: int = 0
     records: int = 0
     refused: Counter[str] = field(default_factory=Counter)
+    categories: Counter[int] = field(default_factory=Counter)
     names: dict[int, str] = field(default_factory=dict)
     newest_ms: int = 0
     reported_s: float = 0.0
@@ -140,6 +139,8 @@ class Tally:
         kinds = rows.columns["kind"]
         self.examples += int(trained(kinds).sum())
         self.dropped += int((kinds == Kind.DROPPED).sum())
+        categories = rows.batch.category
+        self.categories.update(categories[categories != 0].tolist())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -348,8 +349,6 @@ def build(pipeline: beam.Pipeline, handle: Handle[Sample], wanted: Wanted, outpu
             load_preprocessing(settings.model.preprocessing, AskedModel.of(settings.model, handle.context.asked)),
             output / "transform",
         )
-        categories = rows | "Take categories" >> beam.Map(lambda batch: category_batch(batch.batch.category))
-        list_categories(categories, output / "categories")
     if wanted.examples is not None:
         # `_describe` completes the directory.
         shards = math.ceil(wanted.rows / SHARD_ROWS)
@@ -364,14 +363,13 @@ def build(pipeline: beam.Pipeline, handle: Handle[Sample], wanted: Wanted, outpu
         )
 
 
-def document(sample: Sample, salt: Salt, categories: Mapping[int, int], now_ms: int) -> dict[str, Any]:
+def document(sample: Sample, salt: Salt, now_ms: int) -> dict[str, Any]:
     """The content of `spec.json` next to the graph.
 
-    It lists the first `model.popular` of the `categories` (clicks by id): most clicked first, lower id first among
-    equals.
+    It lists the first `model.popular` of the categories: most rows first, lower id first among equals.
     """
     model, tally = sample.settings.model, sample.tally
-    ranked = sorted(categories.items(), key=lambda entry: (-entry[1], entry[0]))[: model.popular]
+    ranked = sorted(tally.categories.items(), key=lambda entry: (-entry[1], entry[0]))[: model.popular]
     return {
         **_named(sample.spec),
         "salt": salt.fingerprint,
@@ -432,7 +430,7 @@ def run(settings: Settings, say: Say, wanted: Wanted = TOPIC, clock: Callable[[]
         now_ms = int(clock() * 1000)
         # 3.
         if output is not None:
-            description = document(sample, salt, read_categories(output / "categories"), now_ms)
+            description = document(sample, salt, now_ms)
             name = registry.specs.free_name(spec.digest)
             registry.specs.add_spec(name, description, lambda folder: _keep(sample, output / "transform", folder))
         if wanted.examples is not None:
@@ -491,10 +489,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_process("bootstrap", start, argv, logger, own_stderr(), logging.CRITICAL)
 
 
+def _leave() -> None:
+    # Freeing the objects of Beam and TensorFlow takes a second, during which the trainer starts.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
+    code = 1
+    # Registered first, so it runs last.
+    atexit.register(_leave)
     # Beam's import may load TensorFlow already.
     quiet_tensorflow(os.environ)
     # Imported by its real name: objects that Beam pickles must not be defined in __main__.
     from streaming.bootstrap import main as run_main
 
-    sys.exit(run_main())
+    code = run_main()

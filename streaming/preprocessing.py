@@ -36,8 +36,6 @@ from state.process.part import OPTIONS_READ, run_check
 from state.process.user_code import error_line, load_named
 
 FEATURES = "features"
-CATEGORY = "category"
-VOCABULARY = "categories"
 LEAST_DEVIATION = 0.25
 """Minimum standard deviation of a logarithm, so that rare columns are not inflated to unit variance."""
 
@@ -51,7 +49,6 @@ ALONE = 8
 F32 = npt.NDArray[np.float32]
 Preprocessing = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 _FEATURES = pa.schema([(FEATURES, pa.list_(pa.float32()))])
-_CATEGORIES = pa.schema([(CATEGORY, pa.list_(pa.binary()))])
 
 
 def preprocessing_fn(inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,58 +105,16 @@ def analyse(features: PCollection[pa.RecordBatch], width: int, preprocessing: Pr
 
     `features` are results of `record_batch` with `width` columns; `preprocessing` has the one input `features`.
     """
-    from tensorflow_metadata.proto.v0 import schema_pb2
-
-    dense = schema_pb2.TensorRepresentation.DenseTensor(column_name=FEATURES)
-    dense.shape.dim.add().size = width
-    representation = schema_pb2.TensorRepresentation(dense_tensor=dense)
-    _analyse(features, _FEATURES, representation, preprocessing, output)
-
-
-def list_categories(categories: PCollection[pa.RecordBatch], output: Path) -> None:
-    """Adds the category count to a pipeline of `analysis`: TensorFlow Transform's vocabulary, most frequent first.
-
-    `categories` are results of `category_batch`; `read_categories` reads the directory `output`.
-    """
-    import tensorflow_transform as tft
-    from tensorflow_metadata.proto.v0 import schema_pb2
-
-    ragged = schema_pb2.TensorRepresentation.VarLenSparseTensor(column_name=CATEGORY)
-    representation = schema_pb2.TensorRepresentation(varlen_sparse_tensor=ragged)
-
-    def vocabulary(inputs: Mapping[str, Any]) -> dict[str, Any]:
-        tft.vocabulary(inputs[CATEGORY], vocab_filename=VOCABULARY, store_frequency=True)
-        return {CATEGORY: inputs[CATEGORY]}
-
-    _analyse(categories, _CATEGORIES, representation, vocabulary, output)
-
-
-def _analyse(
-    batches: PCollection[pa.RecordBatch],
-    schema: pa.Schema,
-    representation: Any,
-    preprocessing: Preprocessing,
-    output: Path,
-) -> None:
     import tensorflow_transform.beam as tft_beam
+    from tensorflow_metadata.proto.v0 import schema_pb2
     from tensorflow_transform.beam.tft_beam_io.transform_fn_io import WriteTransformFn
     from tfx_bsl.tfxio.tensor_adapter import TensorAdapterConfig
 
-    (column,) = schema.names
-    adapter = TensorAdapterConfig(schema, {column: representation})
-    transform = (batches, adapter) | f"Analyse {column}" >> tft_beam.AnalyzeDataset(preprocessing)
-    transform | f"Write the graph of {column}" >> WriteTransformFn(str(output))
-
-
-def read_categories(output: Path) -> dict[int, int]:
-    """Returns clicks by category id, as written by `list_categories`."""
-    counts: dict[int, int] = {}
-    for line in (output / "transform_fn" / "assets" / VOCABULARY).read_text().splitlines():
-        clicks, _, category = line.partition(" ")
-        # The vocabulary of an empty sample has one entry that is not a category.
-        if int(clicks) > 0:
-            counts[int(category, 16)] = int(clicks)
-    return counts
+    dense = schema_pb2.TensorRepresentation.DenseTensor(column_name=FEATURES)
+    dense.shape.dim.add().size = width
+    adapter = TensorAdapterConfig(_FEATURES, {FEATURES: schema_pb2.TensorRepresentation(dense_tensor=dense)})
+    transform = (features, adapter) | "Analyse" >> tft_beam.AnalyzeDataset(preprocessing)
+    transform | "Write the graph" >> WriteTransformFn(str(output))
 
 
 def analysed(features: Iterable[npt.NDArray[np.uint16]], preprocessing: Preprocessing, output: Path) -> None:
@@ -176,12 +131,6 @@ def record_batch(features: npt.NDArray[np.uint16]) -> pa.RecordBatch:
     values = pa.array(features.astype(np.float32).reshape(-1))
     offsets = pa.array(np.arange(0, (rows + 1) * width, width, dtype=np.int32))
     return pa.RecordBatch.from_arrays([pa.ListArray.from_arrays(offsets, values)], schema=_FEATURES)
-
-
-def category_batch(categories: npt.NDArray[np.uint64]) -> pa.RecordBatch:
-    """Converts `[n]` uint64 category ids, 0 for none, to the Arrow column of their vocabulary."""
-    values = [[b"%016x" % category] for category in categories[categories != 0].tolist()]
-    return pa.RecordBatch.from_arrays([pa.array(values, pa.list_(pa.binary()))], schema=_CATEGORIES)
 
 
 def check_preprocessing(path: str, spec: FeatureSpec, keep: Path | None = None, settings: Model = DEFAULT) -> str:
