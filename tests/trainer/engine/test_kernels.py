@@ -20,6 +20,7 @@ from state.microbatch.batch import MicroBatch
 from state.microbatch.codec import decode, encode
 from tests.trainer.batches import SPEC, START_MS, micro_batch
 from tests.trainer.engine.test_step import settings
+from trainer.engine.adam import HostAdam
 from trainer.engine.compiled.threads import Threads, meet
 from trainer.engine.compiled.tower import rows_of_block
 from trainer.engine.step import Trainer
@@ -138,3 +139,19 @@ def test_a_failure_releases_the_threads_that_wait_inside_the_stage(failing: int)
 
     with pytest.raises(ValueError, match="cannot be learned"):
         Threads(COUNT).run([fail_or_wait], progress=progress)
+
+
+def test_moments_that_decay_become_zero_and_never_subnormal() -> None:
+    adam = HostAdam({"weight": np.full(4, 0.5, np.float32)}, learning_rate=0.01)
+    adam.gradient[:] = (1.0, -1e-3, 1e-14, 0.0)
+    least = np.finfo(np.float32).smallest_normal
+    for _ in range(2000):
+        adam.apply(adam.fast)
+        moments = np.abs(np.concatenate([adam.slots()[f"weight.{kind}"] for kind in "mv"]))
+        assert not ((moments > 0) & (moments < least)).any()
+        adam.gradient[:] = 0.0
+    assert not adam.slots()["weight.m"].any()
+    moved = adam.weights["weight"].copy()
+    adam.apply(adam.fast)
+    np.testing.assert_array_equal(adam.weights["weight"], moved)
+    assert (moved[:2] != 0.5).all()
