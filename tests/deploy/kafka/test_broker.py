@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from deploy import local_kafka as broker_module
-from deploy.java_jars import KAFKA, Product, cached, locked
+from deploy.java_jars import KAFKA, Product, locked
 from deploy.local_kafka import Broker
 from state.errors import KafkaFailed, PortTaken
 from state.process.network import free_port
@@ -73,7 +73,7 @@ def test_a_full_disk_is_said_before_anything_is_written(tmp_path: Path, monkeypa
 
 def test_the_cache_that_the_installation_writes_fits_java_and_the_jars() -> None:
     assert broker_module.main([]) == 0
-    cache = cached(KAFKA, ".aot")
+    cache = broker_module.start_cache()
     words = ("-XX:AOTMode=on", "-XX:+UseSerialGC", "kafka.tools.StorageTool", "random-uuid")
     command = broker_module.command(os.pathsep.join(map(str, KAFKA.jars())), Path(os.devnull), *words)
     assert f"-XX:AOTCache={cache}" in command
@@ -86,9 +86,9 @@ def test_the_cache_that_the_installation_writes_fits_java_and_the_jars() -> None
 
 def test_a_broker_starts_where_the_cache_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert broker_module.main([]) == 0
-    content = cached(KAFKA, ".aot").read_bytes()
+    content = broker_module.start_cache().read_bytes()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    cache = cached(KAFKA, ".aot")
+    cache = broker_module.start_cache()
     cache.parent.mkdir()
     cache.write_bytes(content[: len(content) // 2])
     with Broker(tmp_path / "kafka", free_port(), heap_mb=192) as broker:
