@@ -96,6 +96,11 @@ class Product:
                     f"connect this machine to it once, or {self.instead}",
                 ) from problem
 
+    def cached(self, suffix: str) -> Path:
+        """The path, in the user's cache, of a file that is made of the jars."""
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "springtide"
+        return folder / f"{self.name.lower()}-{hashlib.sha256(self.lock.read_bytes()).hexdigest()[:16]}{suffix}"
+
     def resolved(self, endpoint: str) -> dict[str, str]:
         """Resolves coordinates, joined by `+`, with their dependencies; returns digests by coordinates."""
         import jgo
@@ -182,20 +187,13 @@ LEFT_OUT = re.compile(
 )
 
 
-def cached(product: Product, suffix: str, directory: Path | None = None) -> Path:
-    """The path of a file that is made of a product's jars: in `directory`, by default the user's cache."""
-    if directory is None:
-        directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "springtide"
-    return directory / f"{product.name.lower()}-{hashlib.sha256(product.lock.read_bytes()).hexdigest()[:16]}{suffix}"
-
-
-def merged_jar(say: Callable[[str], None], directory: Path | None = None, product: Product = FLINK) -> Path:
-    """Returns the path of Flink's jars, merged into one in `directory`, by default the user's cache; creates it if missing or damaged.
+def merged_jar(say: Callable[[str], None], product: Product = FLINK) -> Path:
+    """Returns the path of Flink's jars, merged into one in the user's cache; creates it if missing or damaged.
 
     Raises:
         FlinkFailed: A jar cannot be fetched or has another digest, or there is no disk space for the merged jar.
     """
-    path = cached(product, ".jar", directory)
+    path = product.cached(".jar")
     digest = path.with_suffix(".sha256")
     if path.is_file() and digest.is_file() and digest.read_text() == _digest(path):
         return path

