@@ -332,7 +332,7 @@ def _named(spec: FeatureSpec) -> dict[str, Any]:
 
 
 def build(pipeline: beam.Pipeline, handle: Handle[Sample], wanted: Wanted, output: Path | None) -> None:
-    """Applies the job to `pipeline`, which is one of `analysis`; `output` is None if the analyses were done before."""
+    """Applies the job to `pipeline`, which is one of `analysis`; `output` is None if the analysis was done before."""
     settings, spec = handle.context.settings, handle.context.spec
     rows = (
         pipeline
@@ -347,7 +347,7 @@ def build(pipeline: beam.Pipeline, handle: Handle[Sample], wanted: Wanted, outpu
             features,
             len(spec.names),
             load_preprocessing(settings.model.preprocessing, AskedModel.of(settings.model, handle.context.asked)),
-            output / "transform",
+            output,
         )
     if wanted.examples is not None:
         # `_describe` completes the directory.
@@ -432,7 +432,7 @@ def run(settings: Settings, say: Say, wanted: Wanted = TOPIC, clock: Callable[[]
         if output is not None:
             description = document(sample, salt, now_ms)
             name = registry.specs.free_name(spec.digest)
-            registry.specs.add_spec(name, description, lambda folder: _keep(sample, output / "transform", folder))
+            registry.specs.add_spec(name, description, lambda folder: _keep(sample, output, folder))
         if wanted.examples is not None:
             shutil.copytree(registry.specs.transform(name or spec.digest), wanted.examples / "transform")
             description = {"digest": spec.digest, "salt": salt.fingerprint, "created_at_ms": now_ms}
