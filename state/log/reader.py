@@ -419,7 +419,7 @@ class Reader:
                 ends = self._topics.ends(self.topic)
                 for partition, position in self._positions.items():
                     require_kept(self.topic, self.topic_id, partition, position, *ends[partition])
-                # Records were deleted exactly up to our position meanwhile: nothing is lost.
+                # Only records before our positions were deleted.
                 self._assign()
                 return
             finally:
