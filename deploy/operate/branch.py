@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,7 @@ from deploy.operate.log_view import LogView, first_hit
 from state.errors import CorruptVersion, SettingsError, UnfitVersion, UnknownVersion
 from state.features.erased import MaskedUsers
 from state.registry.control import Control, MaskEntry, joined
-from state.registry.manifest import TOLD_MS, Manifest, sees
+from state.registry.manifest import TOLD_MS, Kind, Manifest, sees
 from state.registry.registry import SERVING, TRAINING, Registry
 from state.registry.segments import segments_to_end
 from state.registry.tensor_files import tensor_in
@@ -141,22 +142,39 @@ class ServingBranch:
         return self.last(lambda version: newest_learned_ms(version, wait_ms) < until_ms)
 
     def _before(self, version: Manifest, users: Sequence[MaskedUsers]) -> Manifest | None:
-        """Returns the newest base up to `version` whose tables have none of the users, pending ones included."""
-        for number in reversed(
-            [base for base in self.registry.bases() if base <= version.version and base in self._numbers]
-        ):
-            try:
-                base = self.registry.manifest(number, "base")
-                if base.parent is None and not base.rows:
-                    return base
-                learned = np.concatenate(
-                    [self._ids(base, SERVING, "user.ids"), self._ids(base, TRAINING, "user.pending_ids")]
-                )
-            except (CorruptVersion, UnknownVersion, OSError, SafetensorError):
-                continue
-            if not any(bool(masked.has(learned).any()) for masked in users):
-                return base
+        """Returns the newest version up to `version` that surely knows none of the users.
+
+        That is the newest base without them, or the last of the versions after it whose deltas have none of them.
+        """
+        bases = [base for base in self.registry.bases() if base <= version.version and base in self._numbers]
+        for part in (self._part(base, "base") for base in reversed(bases)):
+            if part is not None and self._has_none(part, users):
+                return self._last_without(users, part, version)
         return None
+
+    def _last_without(self, users: Sequence[MaskedUsers], base: Manifest, last: Manifest) -> Manifest:
+        clean = base
+        for number in [number for number in self._numbers if base.version < number <= last.version]:
+            delta = self._part(number, "delta")
+            if delta is None or delta.parent != clean.version or not self._has_none(delta, users):
+                break
+            clean = delta
+        return clean
+
+    def _part(self, version: int, kind: Kind) -> Manifest | None:
+        with suppress(CorruptVersion, UnknownVersion):
+            return self.registry.manifest(version, kind)
+        return None
+
+    def _has_none(self, part: Manifest, users: Sequence[MaskedUsers]) -> bool:
+        """Whether the rows and the waiting ids of a base or a delta have none of the users; False if they are damaged."""
+        if part.parent is None and not part.rows:
+            return True
+        try:
+            known = [self._ids(part, SERVING, "user.ids"), self._ids(part, TRAINING, "user.pending_ids")]
+        except (OSError, SafetensorError):
+            return False
+        return not any(bool(masked.has(ids).any()) for masked in users for ids in known)
 
     def _ids(self, base: Manifest, name: str, tensor: str) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
         # Reads one tensor without verifying the file; the file is read in full before anything is loaded.

@@ -14,6 +14,7 @@ import pytest
 from deploy.operate import log_view, rollback
 from deploy.operate import rollback as digests
 from state.config.sections import Kafka
+from state.config.settings import Settings
 from state.errors import (
     LogError,
     SaltMismatch,
@@ -24,8 +25,9 @@ from state.errors import (
 )
 from state.events.identity import load_salt, user_id
 from state.registry.control import Control
+from state.registry.manifest import entries
 from state.rows.store import RowStore
-from tests.deploy.operating import BAIT, BOT, NOW_MS, TOPIC, Operator, draft, files, record, users_of
+from tests.deploy.operating import BAIT, BOT, NOW_MS, TOPIC, USERS, Operator, draft, files, record, users_of
 from tests.kills import killed_at
 from tests.memory_log import MemoryLog
 
@@ -242,8 +244,24 @@ def test_users_are_looked_for_in_the_tables_and_then_in_the_log(operator: Operat
     assert b"ann" not in kept
 
 
+def test_users_are_looked_for_in_versions_after_the_base_when_the_log_begins_later(
+    operator: Operator, tmp_path: Path
+) -> None:
+    salt = load_salt(tmp_path / "salt")
+    operator.registry.publish(replace(draft(6, 5), salt=salt.fingerprint), files())
+    (tmp_path / "users.txt").write_text("ann\n")
+    ours_are_the_bots(operator, user_id(salt, "ann"))
+    log_view.open_log(Settings()).topics().delete_before(LOG, {0: 20})
+    operator("rollback", "--skip-users", str(tmp_path / "users.txt"), "--reason", "a flood")
+    assert newest(operator).base == 3
+
+
 def ours_are_the_bots(operator: Operator, ours: int) -> None:
-    """Writes the log anew with another pseudonym for the bot's rows."""
+    """Writes the log and the versions that know the bot anew, with another pseudonym for it."""
+    registry = operator.registry
+    for number in (4, 5):
+        known = files([ours, *range(1, USERS + 1)])
+        registry.replace(replace(registry.manifest(number), files=entries(known)), known)
     from state.microbatch.codec import decode, encode
 
     made = MemoryLog(ids=iter((TOPIC, "cd" * 16)).__next__)

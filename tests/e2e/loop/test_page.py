@@ -17,7 +17,6 @@ from playwright.sync_api import Browser, Error, Locator, Page, ViewportSize, exp
 from deploy.serving.requests.access import OPERATE, tokens_in
 from tests.e2e.loop.test_rollback import served
 from tests.e2e.running import Loop, until
-from trainer import compactor
 
 CHROMIUM = shutil.which("chromium")
 PATIENCE_MS = 60_000.0
@@ -155,8 +154,6 @@ def poison(loop: Loop) -> str:
     """Lets a user that nobody knows flood the clicks of one item, and returns the user, once the trainer has learned from it."""
     user = f"visitor-{random.SystemRandom().randrange(10**6)}"
     until(lambda: loop.springtide("jumps", "--minutes", "1")["clicks_before"] > 1000, "too few clicks to compare with")
-    # The plan needs a base without the user from which the trainer can continue; another test deletes the log of earlier ones.
-    compactor.run_after_others(loop.settings)
     ends = loop.click([(user, "flooded", "stamps", "purchase")] * FLOOD)
 
     def is_learned() -> bool:
