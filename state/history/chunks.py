@@ -73,12 +73,12 @@ def append(cursor: lmdb.Cursor, appends: Appends, history: int) -> int:
     """Writes changed chunks, and deletes chunks before the last `history` events; returns the number of new users."""
     data = appends.events.tobytes()
     prefixes = appends.users.astype(">u8").tobytes()
-    written: Chunks = []
     passed: list[bytes] = []
     new = 0
     starts = (appends.starts * EVENT_BYTES).tolist()
     lengths = (appends.lengths * EVENT_BYTES).tolist()
-    seek = cursor.set_range
+    # A chunk is written at once, where the cursor is: later LMDB would have to find its page again.
+    seek, put = cursor.set_range, cursor.put
     item = cast(Callable[[], tuple[bytes, bytes]], cursor.item)
     for index, (start, length) in enumerate(zip(starts, lengths, strict=True)):
         prefix = prefixes[8 * index : 8 * index + 8]
@@ -89,7 +89,7 @@ def append(cursor: lmdb.Cursor, appends: Appends, history: int) -> int:
             if key[:8] == prefix:
                 # Fast path: the newest chunk has space.
                 if len(tail) + length <= _CHUNK_BYTES:
-                    written.append((key, tail + gained))
+                    put(key, tail + gained)
                     continue
                 chunk = number_of(key)
                 before = chunk * CHUNK + len(tail) // EVENT_BYTES
@@ -101,12 +101,11 @@ def append(cursor: lmdb.Cursor, appends: Appends, history: int) -> int:
         floor = max(0, before + length // EVENT_BYTES - history) // CHUNK
         for begin in range(0, len(gained), _CHUNK_BYTES):
             if chunk >= floor:
-                written.append((key_of(prefix, chunk), gained[begin : begin + _CHUNK_BYTES]))
+                put(key_of(prefix, chunk), gained[begin : begin + _CHUNK_BYTES])
             chunk += 1
         # Chunks may have left the last N events while the newest chunk filled up.
         for number in range(max(0, before - CHUNK - history) // CHUNK, floor):
             passed.append(key_of(prefix, number))
-    cursor.putmulti(written)
     for key in passed:
         cursor.pop(key)
     return new
