@@ -144,7 +144,7 @@ class ServingBranch:
     def _before(self, version: Manifest, users: Sequence[MaskedUsers]) -> Manifest | None:
         """Returns the newest version up to `version` that surely knows none of the users.
 
-        That is the newest base without them, or the last of the versions after it whose deltas have none of them.
+        It starts at the newest base without these users and passes the deltas after it until one has a user.
         """
         bases = [base for base in self.registry.bases() if base <= version.version and base in self._numbers]
         for part in (self._part(base, "base") for base in reversed(bases)):

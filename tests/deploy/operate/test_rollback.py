@@ -257,7 +257,7 @@ def test_users_are_looked_for_in_versions_after_the_base_when_the_log_begins_lat
 
 
 def ours_are_the_bots(operator: Operator, ours: int) -> None:
-    """Writes the log and the versions that know the bot anew, with another pseudonym for it."""
+    """Writes the log again, and the versions that know the bot, with another pseudonym for the bot."""
     registry = operator.registry
     for number in (4, 5):
         known = files([ours, *range(1, USERS + 1)])
