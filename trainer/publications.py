@@ -30,7 +30,7 @@ from trainer.versions import checkpoint
 from trainer.versions.content import Array
 from trainer.versions.publisher import Publisher, Saving
 
-LOAD_PACES, LATE_PACES = 5, 20
+LOAD_PACES, LATE_PACES = 10, 40
 """The most times `trainer.publish_s` between two versions: under load, and while learning is late."""
 
 LATE_SHARE = 0.5
@@ -56,9 +56,9 @@ def interval_s(publish_s: float, late_s: float, steps_s: float) -> float:
         late_s: How long the newest learned records waited in the log, if others still wait.
         steps_s: Seconds of steps since the last version.
 
-    >>> [round(interval_s(0.1, late_s, steps_s=0.01), 2) for late_s in (0.0, 0.3, 2.0, 6.0, 3600.0)]
-    [0.11, 0.15, 1.0, 2.0, 2.0]
-    >>> interval_s(0.1, late_s=0.0, steps_s=3.0)
+    >>> [round(interval_s(0.05, late_s, steps_s=0.01), 2) for late_s in (0.0, 0.3, 2.0, 6.0, 3600.0)]
+    [0.06, 0.15, 1.0, 2.0, 2.0]
+    >>> interval_s(0.05, late_s=0.0, steps_s=3.0)
     0.5
     """
     return max(min(publish_s + steps_s, LOAD_PACES * publish_s), min(LATE_SHARE * late_s, LATE_PACES * publish_s))
