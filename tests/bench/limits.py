@@ -22,6 +22,7 @@ import argparse
 import http.client
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -57,6 +58,8 @@ GROWTH = 0.02
 START_S, CATCH_UP_S, PATIENCE_S = 300.0, 900.0, 30.0
 BURST_CLICKS = 3
 POLL_S = 0.005
+APART_S = 0.2
+"""The most time between two bursts. It is drawn: bursts right after an answer would always meet the loop in the same phase."""
 
 progress = Stages("limits")
 
@@ -237,11 +240,12 @@ def freshness(kafka: Kafka, host: str, port: int, bursts: int, fields: str = "?f
         RuntimeError: No answer had learned a burst after `PATIENCE_S`.
     """
     worker = http.client.HTTPConnection(host, port, timeout=PATIENCE_S)
-    measured = []
+    measured, pauses = [], random.Random(0)
     with Topics(kafka) as topics, Writer(kafka) as writer:
         about = topics.describe(kafka.clicks_topic)
         for number in range(bursts):
             progress.say("weight freshness", f"burst {number} of {bursts}")
+            time.sleep(pauses.uniform(0.0, APART_S))
             user = f"bench-shopper-{number % 50}"
             click = {"user": user, "item": f"item-{number}", "category": f"category-{number % 64}", "action": "view"}
             for _ in range(BURST_CLICKS):
