@@ -209,7 +209,7 @@ def constant(text: str) -> tuple[str, float]:
 def parser(settings: Settings) -> argparse.ArgumentParser:
     """Returns the parser of the command: the fields of `Load`, and how to print."""
     command = parser_of("capacity")
-    # Each version has at least one new micro-batch.
+    # Versions follow micro-batches.
     most_versions = min(1 / settings.trainer.publish_s, 1000 / settings.stream.cut_ms)
     of_settings = {"versions": most_versions, "retention_h": settings.kafka.retention_h}
     command.set_defaults(**asdict(Load()) | of_settings)

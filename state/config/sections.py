@@ -411,7 +411,7 @@ class TrainerSettings:
         "s",
         least=0.01,
         most=3600.0,
-        help="Least interval between versions, each of which has a new micro-batch; up to ten times as long under load and forty times while learning is late; one version per `registry.durable_s` is durable.",
+        help="Least interval between versions, which follow micro-batches; up to ten times as long under load and forty times while learning is late; one version per `registry.durable_s` is durable.",
     )
     base_every_s: float = setting(600.0, "s", least=1.0, help="Interval between bases that the compactor writes.")
     admit_after: int = setting(1, "sightings", least=1, help="Sightings of an id before it gets an embedding row.")

@@ -52,8 +52,8 @@ OLD_PORTS = ("serving.port", "stream.metrics_port", "trainer.metrics_port", "ser
 FIRST = 20_000
 """Clicks that are there at the first start, for the base."""
 STEP = 1.0625
-FINER = 2
-"""How often the step is halved once a rate is not held."""
+FINER = (STEP**0.5, STEP**0.25)
+"""The steps that are tried at the end, from the highest rate that was held."""
 GROWTH = 0.02
 START_S, CATCH_UP_S, PATIENCE_S = 300.0, 900.0, 30.0
 BURST_CLICKS = 3
@@ -217,9 +217,7 @@ def highest(loops: Sequence[Measured], rate: float, hold_s: float) -> dict[str, 
             offered /= STEP
             if loop.holds(offered, hold_s):
                 held[loop.name] = offered
-    step = STEP
-    for _ in range(FINER):
-        step **= 0.5
+    for step in FINER:
         for loop in loops:
             if loop.holds(held[loop.name] * step, hold_s):
                 held[loop.name] *= step
