@@ -53,7 +53,7 @@ from streaming.event_clock import EventClock
 from streaming.histories import open_histories
 from streaming.labels import Labels, open_labels, unused_kernels
 from streaming.profile import Profiler
-from streaming.rows import Cut, Encoding, Rows, in_order, leave_out
+from streaming.rows import Cut, Cutter, Encoding, Rows, in_order, leave_out
 from streaming.writer import StreamWriter, open_writer, report_to
 
 logger = logging.getLogger(__name__)
@@ -122,6 +122,7 @@ class StreamContext(JobContext):
 
     Attributes:
         reader: Reads the clicks; used by the Beam thread only, except for `commit_group` and `leader_epoch`.
+        cutter: Collects rows into cuts, and tells when to poll; used by the Beam thread only.
         leaders: Leader epoch of the newest click before each position; used by the commit thread only.
         writer: Writes micro-batches and dead letters; used by the commit thread only.
         room: Lets a commit wait for disk space; used by the commit thread only.
@@ -132,6 +133,7 @@ class StreamContext(JobContext):
 
     topic_id: str
     reader: Reader
+    cutter: Cutter
     leaders: Leaders
     writer: StreamWriter
     metrics: StreamMetrics
@@ -204,6 +206,7 @@ def open_stream(
             **vars(job),
             topic_id=clicks.topic_id,
             reader=reader,
+            cutter=Cutter(settings.stream.cut_rows, settings.stream.cut_ms),
             leaders=leaders,
             writer=writer,
             metrics=metrics,

@@ -28,7 +28,7 @@ from state.process.environment import actor, wall_ms
 from state.process.part import Work, run_process, stop_on_signals
 from streaming.commit import Committer
 from streaming.context import StreamContext, open_stream
-from streaming.rows import Cut, Cutter, Rows
+from streaming.rows import Cut, Rows
 from streaming.steps import Handle, ParseEvents, ReadClicks, Step, UpdateProfiles, opened
 
 # One cut is written while two wait; a longer queue would only delay data for serving.
@@ -132,13 +132,11 @@ class CommitThread:
 class WriteMicroBatches(Step[StreamContext]):
     """Cuts by rows and time, and passes the cuts to the commit thread; yields nothing."""
 
-    _cutter: Cutter
     _commits: CommitThread
 
     def setup(self) -> None:
         """Starts the commit thread; Beam calls it once, because one process has one bundle."""
         context = self.handle.context
-        self._cutter = Cutter(context.settings.stream.cut_rows, context.settings.stream.cut_ms)
         self._commits = CommitThread(Committer(context))
         context.closing.callback(self._commits.close)
 
@@ -146,14 +144,14 @@ class WriteMicroBatches(Step[StreamContext]):
         """Takes a batch; an empty one only advances the time."""
         with self.handle.watched():
             self._commits.check()
-            for cut in self._cutter.add(rows, wall_ms(), self._commits.busy):
+            for cut in self.handle.context.cutter.add(rows, wall_ms(), self._commits.busy):
                 self._commits.put(cut)
         yield from ()
 
     def finish_bundle(self) -> None:
         """At a clean stop: commits what is gathered."""
         with self.handle.watched():
-            for cut in self._cutter.flush(wall_ms()):
+            for cut in self.handle.context.cutter.flush(wall_ms()):
                 self._commits.put(cut)
             self._commits.flush()
 

@@ -139,24 +139,17 @@ class Cut:
 
 BUSY_TIMES = 5
 """The most times `cut_ms` that a cut waits while an earlier one is written."""
+FIRST_SHARE = 0.7
+"""The part of `cut_ms` after which a cut is first read. Few clicks are left for the second poll, so it is ready soon."""
+FEW_ROWS = 256
+"""After a cut of fewer rows than this, the next one takes a single poll: its clicks are processed in a few ms."""
 MOST_INTERVAL_MS = 250.0
 
 
-def poll_interval_ms(cut_ms: int) -> float:
-    """Returns the time between two polls at the end of the log: the second of two polls ends a micro-batch.
-
-    A poll and its steps cost the same for one click as for fifty, so a longer `cut_ms` saves polls too.
-
-    >>> [poll_interval_ms(cut_ms) for cut_ms in (20, 100, 60_000)]
-    [10.0, 50.0, 250.0]
-    """
-    return min(MOST_INTERVAL_MS, cut_ms / 2)
-
-
 class Cutter:
-    """Collects batches until there are enough rows, or the first one has waited long enough.
+    """Collects batches until there are enough rows, or the first one has waited long enough; says when to poll.
 
-    The first batch has waited since the call before it, because its clicks may have arrived right after that poll.
+    The first batch has waited since the poll before its own, because its clicks may have arrived right after that poll.
 
     Args:
         cut_rows: Target number of rows of a cut; a single larger batch is a separate cut.
@@ -164,20 +157,28 @@ class Cutter:
     """
 
     def __init__(self, cut_rows: int, cut_ms: int) -> None:
-        self._cut_rows = cut_rows
-        # The nearest poll decides.
-        self._due_ms = cut_ms - poll_interval_ms(cut_ms) / 2
+        self._cut_rows, self._cut_ms = cut_rows, cut_ms
         self._pieces: list[Rows] = []
-        self._rows = 0
-        self._since_ms = 0
-        self._added_ms: int | None = None
+        self._rows = self._last_rows = 0
+        self._polled_ms = self._before_ms = self._since_ms = 0.0
+
+    def poll(self, now_ms: float) -> None:
+        """Notes when a poll begins, whose clicks are added next: ms of a clock that is never set, as in `wait_ms`."""
+        self._before_ms, self._polled_ms = self._polled_ms, now_ms
+
+    def wait_ms(self, now_ms: float) -> float:
+        """How long to wait for more clicks before the next poll, ms, at least 0."""
+        due_ms = self._since_ms + self._cut_ms
+        if not self._pieces or due_ms <= self._polled_ms:
+            due_ms = self._polled_ms + self._cut_ms * (1 if self._last_rows < FEW_ROWS else FIRST_SHARE)
+        return max(0.0, min(due_ms, self._polled_ms + MOST_INTERVAL_MS) - now_ms)
 
     def add(self, rows: Rows, now_ms: int, busy: bool = False) -> list[Cut]:
-        """Adds a batch, which may be empty, and returns the cuts that are due at `now_ms`, oldest first.
+        """Adds the batch of a poll, which may be empty; returns the cuts that are due, oldest first.
 
         While an earlier cut is written (`busy`), rows wait longer: one large cut costs less than two small ones.
-        A batch without rows that still covers positions (dead, filtered, absent) is collected too. One without
-        positions only advances the time.
+        A batch without rows that still covers positions (dead, filtered, absent) is collected too. `now_ms` is the
+        wall clock.
         """
         due = []
         count = len(rows)
@@ -185,12 +186,10 @@ class Cutter:
             due.extend(self.flush(now_ms))
         if rows.batch.ranges:
             if not self._pieces:
-                self._since_ms = now_ms if self._added_ms is None else self._added_ms
+                self._since_ms = self._before_ms
             self._pieces.append(rows)
             self._rows += count
-        self._added_ms = now_ms
-        # Otherwise a wall clock that was set back would hold the rows until it catches up.
-        waited = not 0 <= now_ms - self._since_ms < self._due_ms * (BUSY_TIMES if busy else 1)
+        waited = self._polled_ms - self._since_ms >= self._cut_ms * (BUSY_TIMES if busy else 1)
         if self._pieces and (self._rows >= self._cut_rows or waited):
             due.extend(self.flush(now_ms))
         return due
@@ -200,7 +199,7 @@ class Cutter:
         if not self._pieces:
             return []
         cut = Cut(tuple(self._pieces), now_ms)
-        self._pieces, self._rows = [], 0
+        self._pieces, self._rows, self._last_rows = [], 0, self._rows
         return [cut]
 
 

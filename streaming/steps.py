@@ -24,7 +24,7 @@ from state.positions import Source
 from state.process.environment import wall_ms
 from streaming.alignment import AlignedReader
 from streaming.context import JobContext, StreamContext
-from streaming.rows import Rows, poll_interval_ms
+from streaming.rows import Rows
 
 POLL_S = 0.05  # how long a poll waits for clicks
 
@@ -261,10 +261,9 @@ class ReadClicks(Step[StreamContext]):
     ) -> Iterator[list[PartitionBatch]]:
         """Polls until the process was asked to stop, or control has changed."""
         context = self.handle.context
-        clicks, stream = ClickReader(context), context.settings.stream
-        interval_s = poll_interval_ms(stream.cut_ms) / 1000
+        clicks, stream, cutter = ClickReader(context), context.settings.stream, context.cutter
         while tracker.try_claim(context.stopping.is_set() or context.watch.changed()):
-            polled_s = time.perf_counter()
+            cutter.poll(1000 * time.monotonic())
             with self.handle.watched():
                 batches = clicks.poll()
             begun_s = time.perf_counter()
@@ -274,4 +273,4 @@ class ReadClicks(Step[StreamContext]):
             context.metrics.busy_seconds.inc(busy_s)
             if 0 < sum(map(len, batches)) < stream.cut_rows:
                 # At the end of the log a poll returns with the next click, so this waits for more clicks.
-                context.stopping.wait(max(0.0, interval_s - (time.perf_counter() - polled_s)))
+                context.stopping.wait(cutter.wait_ms(1000 * time.monotonic()) / 1000)

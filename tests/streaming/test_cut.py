@@ -16,7 +16,7 @@ from state.history.appends import Appends
 from state.microbatch.codec import decode
 from state.positions import Source
 from streaming.event_clock import EventClock
-from streaming.rows import Cut, Cutter, Encoding, encode_cut, gather, in_order, merge_appends
+from streaming.rows import FEW_ROWS, Cut, Cutter, Encoding, Rows, encode_cut, gather, in_order, merge_appends
 from tests.streaming.pieces import ONE, ZERO, piece
 
 
@@ -24,46 +24,79 @@ def rows_of(cuts: Sequence[Cut]) -> list[int]:
     return [sum(len(one.batch.offset) for one in cut.pieces) for cut in cuts]
 
 
+def polled(cutter: Cutter, at_ms: float, rows: Rows, busy: bool = False) -> list[int]:
+    """Polls `rows` at a time; the numbers of rows of the cuts."""
+    cutter.poll(at_ms)
+    return rows_of(cutter.add(rows, 0, busy))
+
+
+def cutter_at(begun_ms: float, cut_rows: int = 10) -> Cutter:
+    """A cutter that has polled once in vain."""
+    cutter = Cutter(cut_rows, cut_ms=100)
+    assert polled(cutter, begun_ms, piece()) == []
+    return cutter
+
+
 def test_a_cut_waits_for_rows_or_time() -> None:
-    cutter = Cutter(cut_rows=10, cut_ms=100)
-    assert cutter.add(piece((ZERO, 0, 4)), 1000) == []
-    assert cutter.add(piece((ZERO, 4, 4)), 1074) == []
-    assert rows_of(cutter.add(piece(), 1075)) == [8]
-    assert cutter.add(piece(), 9999) == []
+    cutter = cutter_at(1000)
+    assert polled(cutter, 1050, piece((ZERO, 0, 4))) == []
+    assert polled(cutter, 1060, piece((ZERO, 4, 6))) == [10]
+    assert polled(cutter, 1100, piece((ZERO, 10, 4))) == []
+    assert polled(cutter, 1159, piece()) == []
+    assert polled(cutter, 1160, piece()) == [4]
+    assert polled(cutter, 9999, piece()) == []
 
 
 def test_rows_have_waited_since_the_poll_before_theirs() -> None:
-    cutter = Cutter(cut_rows=10, cut_ms=100)
-    assert cutter.add(piece(), 1000) == []
-    assert cutter.add(piece((ZERO, 0, 4)), 1050) == []
-    assert rows_of(cutter.add(piece((ZERO, 4, 4)), 1100)) == [8]
-    assert cutter.add(piece((ZERO, 8, 1)), 1150) == []
-    assert rows_of(cutter.add(piece((ZERO, 9, 1)), 1200)) == [2]
-
-
-def test_a_wall_clock_set_back_holds_no_rows() -> None:
-    cutter = Cutter(cut_rows=10, cut_ms=100)
-    assert cutter.add(piece((ZERO, 0, 4)), 3_600_000) == []
-    assert rows_of(cutter.add(piece(), 5)) == [4]
-    assert cutter.add(piece((ZERO, 4, 4)), 10) == []
-    assert rows_of(cutter.add(piece(), 110)) == [4]
+    cutter = cutter_at(1000)
+    assert polled(cutter, 1050, piece((ZERO, 0, 4))) == []
+    assert polled(cutter, 1100, piece((ZERO, 4, 4))) == [8]
+    assert polled(cutter, 1170, piece((ZERO, 8, 1))) == []
+    assert polled(cutter, 1200, piece((ZERO, 9, 1))) == [2]
 
 
 def test_rows_wait_up_to_five_times_as_long_while_an_earlier_cut_is_written() -> None:
-    cutter = Cutter(cut_rows=10, cut_ms=100)
-    assert cutter.add(piece((ZERO, 0, 4)), 0, busy=True) == []
-    assert cutter.add(piece((ZERO, 4, 4)), 374, busy=True) == []
-    assert rows_of(cutter.add(piece(), 375, busy=True)) == [8]
-    assert cutter.add(piece((ZERO, 8, 4)), 400, busy=True) == []
-    assert rows_of(cutter.add(piece(), 475, busy=False)) == [4]
-    assert cutter.add(piece((ZERO, 12, 9)), 500, busy=True) == []
-    assert rows_of(cutter.add(piece((ZERO, 21, 1)), 510, busy=True)) == [10]
+    cutter = cutter_at(0)
+    assert polled(cutter, 50, piece((ZERO, 0, 4)), busy=True) == []
+    assert polled(cutter, 499, piece((ZERO, 4, 4)), busy=True) == []
+    assert polled(cutter, 500, piece(), busy=True) == [8]
+    assert polled(cutter, 550, piece((ZERO, 8, 4)), busy=True) == []
+    assert polled(cutter, 600, piece(), busy=False) == [4]
+    assert polled(cutter, 650, piece((ZERO, 12, 9)), busy=True) == []
+    assert polled(cutter, 660, piece((ZERO, 21, 1)), busy=True) == [10]
+
+
+def test_few_rows_take_one_poll_and_many_a_second_one_late() -> None:
+    cutter = cutter_at(0, cut_rows=4096)
+    assert cutter.wait_ms(2) == 98
+    assert polled(cutter, 100, piece((ZERO, 0, FEW_ROWS))) == [FEW_ROWS]
+    assert cutter.wait_ms(110) == 60
+    assert polled(cutter, 170, piece((ZERO, FEW_ROWS, 1))) == []
+    assert cutter.wait_ms(175) == 25
+    assert polled(cutter, 200, piece()) == [1]
+    assert cutter.wait_ms(200) == 100
+
+
+def test_a_late_poll_is_followed_at_once_and_a_long_interval_is_divided() -> None:
+    cutter = cutter_at(0)
+    assert cutter.wait_ms(101) == 0
+    assert polled(cutter, 110, piece((ZERO, 0, 1)), busy=True) == []
+    assert cutter.wait_ms(112) == 98
+    slow = Cutter(10, cut_ms=60_000)
+    assert polled(slow, 900, piece()) == []
+    assert polled(slow, 1000, piece((ZERO, 0, 1))) == []
+    assert slow.wait_ms(1010) == 240
+
+
+def test_the_first_clicks_of_a_process_do_not_wait() -> None:
+    assert polled(Cutter(10, cut_ms=100), 5000, piece((ZERO, 0, 4))) == [4]
 
 
 def test_positions_without_rows_are_cut_in_time_too() -> None:
-    cutter = Cutter(cut_rows=10, cut_ms=100)
-    assert cutter.add(piece((ZERO, 0, 0), dead=3), 0) == []
-    (cut,) = cutter.add(piece(), 100)
+    cutter = cutter_at(0)
+    assert polled(cutter, 50, piece((ZERO, 0, 0), dead=3)) == []
+    cutter.poll(100)
+    (cut,) = cutter.add(piece(), 0)
     ranges, _ = gather(cut)
     assert [(part.first, part.next, part.dead) for part in ranges] == [(0, 3, 3)]
 
@@ -74,6 +107,7 @@ def test_every_position_is_in_exactly_one_cut_in_order(steps: list[tuple[int, in
     for index, (rows, wait) in enumerate(steps):
         source = (ZERO, ONE)[index % 2]
         now += wait
+        cutter.poll(now)
         cuts += cutter.add(piece((source, at[source], rows)) if rows else piece(), now)
         at[source] += rows
     cuts += cutter.flush(now)
