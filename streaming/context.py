@@ -122,7 +122,7 @@ class StreamContext(JobContext):
 
     Attributes:
         reader: Reads the clicks; used by the Beam thread only, except for `commit_group` and `leader_epoch`.
-        cutter: Collects rows into cuts, and tells when to poll; used by the Beam thread only.
+        cutter: Collects rows into cuts, and decides when to poll; used by the Beam thread only.
         leaders: Leader epoch of the newest click before each position; used by the commit thread only.
         writer: Writes micro-batches and dead letters; used by the commit thread only.
         room: Lets a commit wait for disk space; used by the commit thread only.

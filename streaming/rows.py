@@ -140,14 +140,14 @@ class Cut:
 BUSY_TIMES = 5
 """The most times `cut_ms` that a cut waits while an earlier one is written."""
 FIRST_SHARE = 0.7
-"""The part of `cut_ms` after which a cut is first read. Few clicks are left for the second poll, so it is ready soon."""
+"""The part of `cut_ms` before the first of two polls. Few clicks are left for the second one, so the cut is ready soon."""
 FEW_ROWS = 256
 """After a cut of fewer rows than this, the next one takes a single poll: its clicks are processed in a few ms."""
 MOST_INTERVAL_MS = 250.0
 
 
 class Cutter:
-    """Collects batches until there are enough rows, or the first one has waited long enough; says when to poll.
+    """Collects batches until there are enough rows, or the first one has waited long enough; decides when to poll.
 
     The first batch has waited since the poll before its own, because its clicks may have arrived right after that poll.
 
@@ -163,15 +163,15 @@ class Cutter:
         self._polled_ms = self._before_ms = self._since_ms = 0.0
 
     def poll(self, now_ms: float) -> None:
-        """Notes when a poll begins, whose clicks are added next: ms of a clock that is never set, as in `wait_ms`."""
+        """Records that a poll begins, whose clicks are added next; `now_ms` is a monotonic clock, as in `wait_ms`."""
         self._before_ms, self._polled_ms = self._polled_ms, now_ms
 
     def wait_ms(self, now_ms: float) -> float:
         """How long to wait for more clicks before the next poll, ms, at least 0."""
-        due_ms = self._since_ms + self._cut_ms
-        if not self._pieces or due_ms <= self._polled_ms:
-            due_ms = self._polled_ms + self._cut_ms * (1 if self._last_rows < FEW_ROWS else FIRST_SHARE)
-        return max(0.0, min(due_ms, self._polled_ms + MOST_INTERVAL_MS) - now_ms)
+        next_ms = self._since_ms + self._cut_ms
+        if not self._pieces or next_ms <= self._polled_ms:
+            next_ms = self._polled_ms + self._cut_ms * (1 if self._last_rows < FEW_ROWS else FIRST_SHARE)
+        return max(0.0, min(next_ms, self._polled_ms + MOST_INTERVAL_MS) - now_ms)
 
     def add(self, rows: Rows, now_ms: int, busy: bool = False) -> list[Cut]:
         """Adds the batch of a poll, which may be empty; returns the cuts that are due, oldest first.

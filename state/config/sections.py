@@ -249,7 +249,7 @@ class Stream:
         "ms",
         least=1,
         most=60_000,
-        help="How long clicks are collected before a micro-batch is written, up to five times as long while writes are slow; on a distributed runner, the time for which a source collects clicks.",
+        help="Maximum time before a micro-batch is written, up to five times as long while an earlier one is written; on a distributed runner, the time for which a source collects clicks.",
     )
     cut_rows: int = setting(
         4096,

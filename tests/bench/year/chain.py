@@ -26,7 +26,6 @@ from state.registry.registry import Registry
 from state.rows.store import RowStore
 from streaming.commit import Committer
 from streaming.context import StreamContext, open_stream
-from streaming.rows import Cutter
 from streaming.steps import ClickReader, Handle, ParseEvents, UpdateProfiles, opened
 from tests.memory_log import MemoryLog
 from tests.trainer.logs import settle
@@ -73,12 +72,12 @@ class Stream:
     def __init__(self, shard: Handle[StreamContext], clock: Clock) -> None:
         self.context, self._clock = shard.context, clock
         self._clicks, self._parse, self._update = ClickReader(self.context), ParseEvents(shard), UpdateProfiles(shard)
-        stream = self.context.settings.stream
-        self._cutter, self._committer = Cutter(stream.cut_rows, stream.cut_ms), Committer(self.context)
+        self._cutter, self._committer = self.context.cutter, Committer(self.context)
 
     def run(self) -> None:
         """Reads all clicks there are, and commits them."""
         while batches := self._clicks.poll():
+            self._cutter.poll(self._clock.now_ms())
             for events in self._parse.process(batches):
                 for rows in self._update.process(events):
                     for cut in self._cutter.add(rows, self._clock.now_ms()):
