@@ -163,7 +163,7 @@ class Cutter:
         self._polled_ms = self._before_ms = self._since_ms = 0.0
 
     def poll(self, now_ms: float) -> None:
-        """Records that a poll begins, whose clicks are added next; `now_ms` is a monotonic clock, as in `wait_ms`."""
+        """Records the time of a poll; its clicks are added next. `now_ms` is a monotonic clock, as in `wait_ms`."""
         self._before_ms, self._polled_ms = self._polled_ms, now_ms
 
     def wait_ms(self, now_ms: float) -> float:
