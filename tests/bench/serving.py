@@ -213,9 +213,6 @@ def measured(host: Host, settings: Settings, ids: Ids, base: Manifest) -> dict[s
         "profile p99, open loop at a fifth": Figure(calm_ms, "ms", "<= 5"),
         "the same while versions arrive / without": Figure(under.p99_ms / calm_ms, "ratio", "<= 1.2"),
         "the same while another process computes as long / without": Figure(contended.p99_ms / calm_ms, "ratio"),
-        "while versions arrive / while that process computes": Figure(
-            under.p99_ms / contended.p99_ms, "ratio", "<= 1.2"
-        ),
         f"{APPLIED:,} rows applied, median": Figure(1000 * float(np.median(applying.took_s)), "ms", "<= 50"),
         "processor time of that": Figure(1000 * used_s, "ms"),
         "profile answers with all fields": Figure(everything.per_s, "answers/s"),
