@@ -186,7 +186,7 @@ def measured(host: Host, settings: Settings, ids: Ids, base: Manifest) -> dict[s
     before = host.ask("floor", "/healthz", 0.5)
     began_s = host.cpu_s()
     profiles = host.ask("profiles, closed loop", PROFILE)
-    worker_s = host.cpu_s() - began_s
+    used_s = host.cpu_s() - began_s
     everything = host.ask("profiles with all fields", f"{PROFILE}?fields=features,vector,attributes", 0.5)
     with_item = host.ask("profiles with an item", f"{PROFILE}?item=item-7&category=category-7", 0.5)
     cold = host.ask("cold starts", "/v1/profiles/nobody-{user}", 0.5)
@@ -198,8 +198,8 @@ def measured(host: Host, settings: Settings, ids: Ids, base: Manifest) -> dict[s
     steady = host.ask("profiles, a fifth of it", PROFILE, rate=rate)
     with Applying(settings, ids, base, settings.model.dim) as applying:
         under = host.ask("profiles, a fifth of it, while versions arrive", PROFILE, rate=rate)
-    used_s = float(np.median(applying.used_s))
-    with computing(used_s):
+    apply_s = float(np.median(applying.used_s))
+    with computing(apply_s):
         contended = host.ask("profiles, a fifth of it, while another process computes", PROFILE, rate=rate)
     again = host.ask("profiles, a fifth of it again", PROFILE, rate=rate)
     floor = max(before.per_s, after.per_s)
@@ -208,13 +208,13 @@ def measured(host: Host, settings: Settings, ids: Ids, base: Manifest) -> dict[s
         "profile answers": Figure(profiles.per_s, "answers/s", ">= 10000"),
         "profile p50": Figure(profiles.p50_ms, "ms"),
         "profile p99": Figure(profiles.p99_ms, "ms", "<= 5"),
-        "profile answers per worker cpu-second": Figure(profiles.per_s * host.seconds / worker_s, "answers/cpu-s"),
+        "profile answers per worker cpu-second": Figure(profiles.per_s * host.seconds / used_s, "answers/cpu-s"),
         "profile p99, open loop at half that rate": Figure(loaded.p99_ms, "ms", "<= 5"),
         "profile p99, open loop at a fifth": Figure(calm_ms, "ms", "<= 5"),
         "the same while versions arrive / without": Figure(under.p99_ms / calm_ms, "ratio", "<= 1.2"),
         "the same while another process computes as long / without": Figure(contended.p99_ms / calm_ms, "ratio"),
         f"{APPLIED:,} rows applied, median": Figure(1000 * float(np.median(applying.took_s)), "ms", "<= 50"),
-        "processor time of that": Figure(1000 * used_s, "ms"),
+        "processor time of that": Figure(1000 * apply_s, "ms"),
         "profile answers with all fields": Figure(everything.per_s, "answers/s"),
         "profile answers with an item": Figure(with_item.per_s, "answers/s"),
         "cold-start answers": Figure(cold.per_s, "answers/s"),
