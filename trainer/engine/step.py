@@ -269,7 +269,7 @@ class Trainer:
                 updates.append(self._update(part, its_crosses, seed))
         self.counters.skipped += skipped
         tasks: list[Callable[[], Any]] = [] if self.item_ranking is None else [self.item_ranking.count]
-        report: Report = self.engine.threads.share(*tasks, self._reporting(batch, updates, came_next))[-1]
+        report: Report = self.engine.threads.share(self._reporting(batch, updates, came_next), *tasks)[0]
         return replace(
             report, rows=report.rows + skipped, skipped=report.skipped + skipped, seconds=self._clock() - began
         )
