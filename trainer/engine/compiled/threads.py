@@ -103,8 +103,10 @@ class Threads:
                 call(thread)
             except BaseException as error:
                 failures.append(error)
-            # Only the calling thread waits, and not for futures, which take longer.
-            meet(returned, 0, 0 if thread else count)
+                raise
+            finally:
+                # Only the calling thread waits, and not for futures, which take longer.
+                meet(returned, 0, 0 if thread else count)
 
         for thread in range(1, count):
             self._pool.submit(run, thread)
