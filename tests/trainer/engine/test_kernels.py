@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -139,6 +140,27 @@ def test_a_failure_releases_the_threads_that_wait_inside_the_stage(failing: int)
 
     with pytest.raises(ValueError, match="cannot be learned"):
         Threads(COUNT).run([fail_or_wait], progress=progress)
+
+
+@pytest.mark.parametrize("failing", range(COUNT))
+def test_a_failed_task_is_raised_once_the_others_have_ended(failing: int) -> None:
+    threads, ended = Threads(COUNT), list[int]()
+
+    def task(number: int) -> Callable[[], int]:
+        def run() -> int:
+            if number == failing:
+                raise ValueError(f"task {number}")
+            time.sleep(0.01)
+            ended.append(number)
+            return number
+
+        return run
+
+    with pytest.raises(ValueError, match=f"task {failing}"):
+        threads.share(*map(task, range(COUNT)))
+    others = [number for number in range(COUNT) if number != failing]
+    assert sorted(ended) == others
+    assert threads.share(*map(task, others)) == others
 
 
 def test_moments_that_decay_become_zero_and_never_subnormal() -> None:
