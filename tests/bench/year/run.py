@@ -131,10 +131,11 @@ def live(
 def flat(year: Year, plan: Plan, horizons: Horizons) -> dict[str, float]:
     """By name how much larger everything is in the last days than after its horizon; see `sizes.growth`.
 
-    What has a high-water mark is compared with the days after the flood, all else with those before it.
+    What has a high-water mark is compared with the days after the flood, all else with the last ones before it: lists
+    fill, and versions grow with them, for some days after rows have reached their horizon.
     """
     longest, days = horizons.longest_d, horizons.looked_at_d
-    before = _between(longest, plan.flood_day, days)
+    before = _between(max(longest, plan.flood_day - days), plan.flood_day, days)
     after = _between(plan.flood_day + longest, plan.days - days, days)
     last = slice(plan.days - days, plan.days)
     grown = sizes.growth(year.days, before, last)
