@@ -460,7 +460,8 @@ def test_each_row_is_new_once_whoever_writes_again_and_however_users_are_divided
         seen.update(batch.offset[fresh].tolist())
     assert seen == Counter(one for one in range(max(end, moved)) if is_click(one))
     assert all(check_accounts(StreamAccount.of(one)) == () for one in counts.values())
-    if first == second and not back:
+    # After a crash, a record may end between two of an earlier one: which of its positions were dead is then not known.
+    if first == second and not back and all(act != "crash" for act, *_ in (*acts[0], *acts[1])):
         assert sum(StreamAccount.of(one).positions for one in counts.values()) == end
 
 
