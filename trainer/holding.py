@@ -318,7 +318,7 @@ def figures_of(batch: MicroBatch, report: Report | None, log_ms: int) -> StepFig
         "engagement_loss": scores.engagement_log_loss,
         "predicted": scores.predicted,
         "positives": scores.positives,
-        "squared_norm": report.grad_norm**2,
+        "squared_norm": report.squared_norm,
     }
     return StepFigures(log_ms, sums, crowds_of(batch), report.slices)
 

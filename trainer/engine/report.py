@@ -139,16 +139,20 @@ def _model(
 
 
 class Update(NamedTuple):
-    """One update of a record: rows that were scored, judged and learned together."""
+    """One update of a record, rows that were scored, judged and learned together; or several ones, joined.
+
+    Attributes:
+        norms: The norm of the whole gradient of each update.
+    """
 
     record: Record
     scores: Scores
     verdict: Verdict
-    norm: float
+    norms: tuple[float, ...]
 
 
 def joined_updates(updates: Sequence[Update]) -> Update:
-    """Joins the rows of several updates into one update, with the worst verdict and the largest norm."""
+    """Joins the rows of several updates, with the worst verdict."""
     if len(updates) == 1:
         return updates[0]
     order = list(Verdict)
@@ -159,9 +163,8 @@ def joined_updates(updates: Sequence[Update]) -> Update:
         engagement=joined_pairs([update.scores.engagement for update in updates], halves),
         engagement_loss=joined_pairs([update.scores.engagement_loss for update in updates], halves),
     )
-    return Update(
-        joined_records([update.record for update in updates]), scores, verdict, max(update.norm for update in updates)
-    )
+    norms = tuple(norm for update in updates for norm in update.norms)
+    return Update(joined_records([update.record for update in updates]), scores, verdict, norms)
 
 
 def joined_pairs(parts: Sequence[npt.NDArray[Any]], rows: Sequence[int]) -> npt.NDArray[Any]:
@@ -186,6 +189,7 @@ class Report:
         verdict: The guard's verdict, the worst one of several updates. Weights change only after ACCEPT.
         interest_log_loss: Mean over rows with a category, before learning; NaN without any.
         grad_norm: Norm of the whole gradient, the largest one of several updates.
+        squared_norm: Sum of the squared norms of the gradients of all updates.
         slices: `[loss, dimension, place, 3]` float64, see `Breakdown.update`; None if the step was skipped.
         judged: The predictions for its rows: of accepted updates, and of skipped ones.
         order: `[n]` int64, the place in the record of each row of `judged`.
@@ -196,6 +200,7 @@ class Report:
     verdict: Verdict
     interest_log_loss: float
     grad_norm: float
+    squared_norm: float
     seconds: float
     quality: StepScores
     slices: F64 | None
@@ -214,6 +219,7 @@ def joined(updates: Sequence[Report]) -> Report:
         verdict=max((update.verdict for update in updates), key=order.index),
         interest_log_loss=_mean([(update.interest_log_loss, update.quality.total("rows")) for update in updates]),
         grad_norm=max(update.grad_norm for update in updates),
+        squared_norm=sum(update.squared_norm for update in updates),
         seconds=sum(update.seconds for update in updates),
         quality=reduce(StepScores.__add__, (update.quality for update in updates)),
         slices=np.sum(slices, axis=0) if slices else None,
@@ -328,7 +334,8 @@ class Measures:
             skipped=0 if accepted else len(batch),
             verdict=update.verdict,
             interest_log_loss=loss,
-            grad_norm=update.norm,
+            grad_norm=max(update.norms),
+            squared_norm=sum(norm * norm for norm in update.norms),
             seconds=0.0,
             quality=judgement.scores,
             slices=slices if accepted else None,

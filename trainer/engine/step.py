@@ -384,7 +384,7 @@ class Trainer:
             counters.event_time_ms = max(counters.event_time_ms, int(batch.at_ms.max()))
         else:
             counters.skipped += len(batch)
-        return Update(record, scores, verdict, norm)
+        return Update(record, scores, verdict, (norm,))
 
     def _judged(self, loss: float) -> float:
         """The mean loss by which the guard judges an update; a private trainer overrides this and the next two."""

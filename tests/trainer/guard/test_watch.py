@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from state.config.sections import GuardSettings
-from trainer.guard import BUCKETS, NAMES, StepFigures, WindowStart
-from trainer.holding import Judgement, Standing, WindowWatch
+from tests.trainer.batches import micro_batch
+from tests.trainer.engine.test_step import fresh
+from trainer.guard import BUCKETS, CROWDS, NAMES, RULES, OpenWindow, StepFigures, WindowStart
+from trainer.holding import Judgement, Standing, WindowWatch, figures_of
 
 LIMITS = GuardSettings(window_s=10.0)
 ROWS, STEP_MS = 100, 1000
@@ -45,6 +47,23 @@ def clean(number: int, rows: int = ROWS, users: int = 200) -> StepFigures:
 
 def start(number: int) -> WindowStart:
     return WindowStart(number, number * STEP_MS, ((TOPIC, 0, number * ROWS),))
+
+
+def gradient_of(cut: int) -> float:
+    """The signal of the gradient of 4096 rows that a trainer learns in records of `cut` rows."""
+    trainer, window = fresh(), OpenWindow(start(0))
+    for first in range(0, 8192, 512):
+        trainer.step(micro_batch(512, first))
+    for first in range(8192, 12_288, cut):
+        batch = micro_batch(cut, first)
+        window.add(figures_of(batch, trainer.step(batch), first))
+    return float(window.signals(np.zeros((len(CROWDS), BUCKETS), np.float32))[NAMES.index("gradient")])
+
+
+def test_a_backlog_of_large_records_has_the_same_gradient_as_small_ones() -> None:
+    floor = next(rule.floor for rule in RULES if rule.name == "gradient")
+    small, large = gradient_of(512), gradient_of(4096)
+    assert abs(large - small) < floor
 
 
 def judged(
