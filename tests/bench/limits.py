@@ -57,6 +57,7 @@ FINER = (STEP**0.5, STEP**0.25)
 GROWTH = 0.02
 START_S, CATCH_UP_S, PATIENCE_S = 300.0, 900.0, 30.0
 BURST_CLICKS = 3
+LOG_LINES = 40
 POLL_S = 0.005
 APART_S = 0.2
 """The most time between two bursts. It is drawn: bursts right after an answer would always meet the loop in the same phase."""
@@ -150,8 +151,10 @@ class Measured:
         while behind := self.behind(ends):
             progress.say(f"{self.name}: catching up", f"{behind:,} clicks behind")
             if time.monotonic() > deadline_s:
+                # Its folder is removed at the end.
+                log = "\n".join((self.folder / "log").read_text(errors="replace").splitlines()[-LOG_LINES:])
                 raise SystemExit(
-                    f"{self.name}: {behind:,} clicks behind after {patience_s:.0f} s; see {self.folder}/log"
+                    f"{self.name}: {behind:,} clicks behind after {patience_s:.0f} s; its log ends:\n{log}"
                 )
             threading.Event().wait(0.1)
 
