@@ -83,11 +83,9 @@ def of_model(scores: Scores, slot: I32) -> CategoryPrediction:
     """
     rows = np.flatnonzero(slot >= 0)
     prediction = CategoryPrediction(np.empty(rows.size, np.int32), np.empty(rows.size), np.empty(rows.size, np.int32))
-    width = sum(part.shape[1] for part in (scores.recent_logits, scores.popular_logits, scores.successor_logits))
-    bits = np.empty(width, np.int32)
     recent, popular = np.ascontiguousarray(scores.recent_logits), np.ascontiguousarray(scores.popular_logits)
     successor = np.ascontiguousarray(scores.successor_logits)
-    _model(recent, popular, successor, np.ascontiguousarray(slot), rows, bits, bits.view(np.float32), prediction)
+    _model(recent, popular, successor, np.ascontiguousarray(slot), rows, prediction)
     if not (finite := np.isfinite(prediction.log_share)).all():
         # Without finite logits there is no best candidate.
         prediction.rank[~finite], prediction.log_share[~finite], prediction.candidates[~finite] = NONE, 0.0, 0
@@ -105,20 +103,20 @@ def _join(recent: F32, popular: F32, successor: F32, out: F32) -> None:
         of_successors[j] = successor[j]
 
 
-@compiled_sums("f4[:, ::1], f4[:, ::1], f4[:, ::1], i4[::1], i8[::1], i4[::1], f4[::1], CategoryPrediction")
+@compiled_sums("f4[:, ::1], f4[:, ::1], f4[:, ::1], i4[::1], i8[::1], CategoryPrediction")
 def _model(
     recent: F32,
     popular: F32,
     successor: F32,
     slot: I32,
     at: npt.NDArray[np.int64],
-    bits: I32,
-    scale: F32,
     prediction: CategoryPrediction,
 ) -> None:
     rank, log_share, candidates = prediction
     slots, ranks, last = recent.shape[1], popular.shape[1], successor.shape[1]
     logits, shares = np.empty(slots + ranks + last, np.float32), np.empty(slots + ranks + last, np.float32)
+    bits = np.empty(slots + ranks + last, np.int32)
+    scale = bits.view(np.float32)
     for i in range(at.shape[0]):
         row, count = at[i], 0
         _join(recent[row], popular[row], successor[row], logits)

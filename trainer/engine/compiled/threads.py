@@ -56,7 +56,7 @@ class Threads:
             progress: The counters by which works of a stage wait for each other.
 
         Raises:
-            Exception: What the first failed call raised.
+            Exception: What a failed call raised, first that of the calling thread.
         """
         ended, failed = np.zeros(len(stages), np.int64), threading.Event()
 
