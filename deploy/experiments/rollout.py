@@ -150,6 +150,10 @@ class RolloutDriver:
         """Whether both topics are read to their ends."""
         return not (self._exposures.unread(0) or self._clicks.unread(self._partition))
 
+    def counted(self, until_ms: int) -> bool:
+        """Whether both topics are read to their ends, and all engagements that were known at `until_ms` are counted."""
+        return self.caught_up and not (self._pending and self._pending[0][1] <= until_ms)
+
     def _hold(self, batch: PartitionBatch, now_ms: int) -> None:
         for value in batch.values:
             try:
@@ -306,8 +310,10 @@ def evaluate(settings: Settings, experiment: Experiment, log: Log) -> RolloutRep
     if experiment.rollout is None:
         raise ControlConflict(f"there is no rollout of {name}", f"start it: `springtide experiment rollout {name}`")
     driver, until_s = RolloutDriver(settings, log, Experiments(settings), experiment), time.monotonic() + SETTLE_S
+    asked_ms = wall_ms()
     try:
-        while not (driver.caught_up or time.monotonic() > until_s):
+        # Without the last engagements, the rate of an arm whose last answers are recent would seem too low.
+        while not (driver.counted(asked_ms) or time.monotonic() > until_s):
             driver.read()
     finally:
         driver.close()

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deploy.experiments.rollout import HOLD_MS, RolloutDriver
+from deploy.experiments.rollout import HOLD_MS, RolloutDriver, evaluate
 from deploy.serving.applier import ExposureForwarder
 from deploy.serving.host_files import FILE_MS, SETTLED_MS, ExposureSpool, make_room
 from state.config.loading import load
@@ -20,6 +20,7 @@ from state.experiments.experiment import By, Change, Experiment, Experiments
 from state.experiments.gate import RolloutReport
 from state.microbatch.batch import NAMES
 from state.microbatch.codec import decode, encode
+from state.process.environment import wall_ms
 from tests.deploy.serving.test_clicks import Clock, record
 from tests.memory_log import MemoryLog
 
@@ -143,6 +144,14 @@ def test_an_engagement_waits_for_the_exposure_before_it(world: World) -> None:
     driver.step()
     assert counted(driver)[LIVE] == (1, 1)
     driver.close()
+
+
+def test_a_report_has_the_engagements_of_the_moment_before_it(world: World) -> None:
+    world.clock.now_ms = wall_ms() - FILE_MS - SETTLED_MS
+    world.expose(LIVE, range(1, 101))
+    world.engage(range(1, 41))
+    found = evaluate(world.settings, world.experiments.get("wider"), world.log)
+    assert found.arms[LIVE].rate == 0.4
 
 
 def test_in_a_log_with_labels_positive_rows_are_engagements(world: World) -> None:
