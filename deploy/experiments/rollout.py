@@ -312,7 +312,7 @@ def evaluate(settings: Settings, experiment: Experiment, log: Log) -> RolloutRep
     driver, until_s = RolloutDriver(settings, log, Experiments(settings), experiment), time.monotonic() + SETTLE_S
     asked_ms = wall_ms()
     try:
-        # Without the last engagements, the rate of an arm whose last answers are recent would seem too low.
+        # Engagements count after `HOLD_MS`. Without the last ones, the rate of an arm with recent answers is too low.
         while not (driver.counted(asked_ms) or time.monotonic() > until_s):
             driver.read()
     finally:
