@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from msgspec.structs import replace as changed
+from prometheus_client import CollectorRegistry
 
 from state import layout
 from state.config.settings import Settings
@@ -34,6 +35,7 @@ from state.features.spec import FeatureSpec
 from state.file_store import FileStore
 from state.history import snapshots
 from state.history.snapshots import HistorySnapshot
+from state.kernels import Kernels
 from state.process import killpoints
 from state.process.environment import run_in_background, wall_ms
 from state.process.part import run_part
@@ -316,6 +318,7 @@ def rewrite(registry: Registry, crosses: Crosses, now_ms: Callable[[], int] = wa
     parts.sort(key=lambda part: part.version)
     checked = last_report.version if last_report.through >= erased.last else 0
     if any(_theirs(part, erased) for part in parts if part.version > checked):
+        Kernels(CollectorRegistry(), logger).prepare()
         # Oldest first, so that a row is gone before the delta that removed it loses the row's id.
         crossed_ids = CrossedIds(crosses)
         for part in parts:

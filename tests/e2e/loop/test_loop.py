@@ -89,8 +89,7 @@ def test_each_process_prepares_its_kernels_before_it_needs_them(loop: Loop) -> N
     logs = {path.name: path.read_text() for path in loop.settings.logs_dir.glob("*.log")}
     assert {"applier.log", "stream.log", "trainer.log", "worker.log"} <= logs.keys()
     late = [line for text in logs.values() for line in text.splitlines() if "was not prepared" in line]
-    # Nothing waits for the compactor, which the trainer starts from time to time: it loads what it uses.
-    assert [line for line in late if " compactor INFO " not in line] == []
+    assert late == []
 
 
 def test_answers_use_the_features_that_were_trained(loop: Loop) -> None:
