@@ -163,6 +163,51 @@ def test_a_failed_task_is_raised_once_the_others_have_ended(failing: int) -> Non
     assert threads.share(*map(task, others)) == others
 
 
+@pytest.mark.parametrize("failing", range(COUNT))
+def test_an_error_names_its_stage_and_thread(failing: int) -> None:
+    def fail(thread: int) -> None:
+        if thread == failing:
+            raise ValueError("a record that cannot be learned")
+
+    with pytest.raises(ValueError, match="cannot be learned") as failure:
+        Threads(COUNT).run([lambda _: None], [fail], [lambda _: None])
+    assert failure.value.__notes__ == [f"In stage 2 of 3 of a step, on thread {failing}."]
+
+
+INTERRUPTED = """
+import faulthandler, random, signal
+from trainer.engine.compiled.threads import Threads
+
+INTERRUPTS, EXIT_CODE = 3000, 7
+
+def interrupt(*_):
+    global interrupts
+    interrupts += 1
+    raise SystemExit(EXIT_CODE) if interrupts > INTERRUPTS else InterruptedError
+
+faulthandler.dump_traceback_later(60, exit=True)
+signal.signal(signal.SIGALRM, interrupt)
+threads, chance, interrupts, begun = Threads(3), random.Random(5), 0, []
+stages = [[begun.append]] * 3
+while True:
+    try:
+        signal.setitimer(signal.ITIMER_REAL, chance.uniform(2e-6, 1e-3))
+        threads.run(*stages)
+        threads.share(*[interrupt.__hash__] * 3)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    except InterruptedError:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        begun.clear()
+        threads.run(*stages)
+        assert sorted(begun) == [0, 0, 0, 1, 1, 1, 2, 2, 2], begun
+"""
+
+
+def test_an_error_at_any_moment_of_the_calling_thread_ends_the_call_and_the_process_with_its_code() -> None:
+    ended = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, check=False)
+    assert ended.returncode == 7, ended.stderr
+
+
 def test_moments_that_decay_become_zero_and_never_subnormal() -> None:
     adam = HostAdam({"weight": np.full(4, 0.5, np.float32)}, learning_rate=0.01)
     adam.gradient[:] = (1.0, -1e-3, 1e-14, 0.0)
