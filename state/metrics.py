@@ -264,7 +264,9 @@ class TrainerMetrics(Metrics):
     )
     guard_ratio = gauge("Score of each rule of the guard as a share of its hold threshold; 1 is a hold.", "rule")
     guard_windows = gauge("Windows in the guard's baseline; below 30 the guard judges nothing.")
-    withheld = gauge("1 while versions wait because the guard suspects an update.")
+    withheld = gauge(
+        "1 while versions wait because the guard is unsure about an update: at most 30 s, unless it is held."
+    )
     privacy_epsilon_spent = gauge("Spent privacy budget, as epsilon at privacy.delta.")
     privacy_epsilon_limit = gauge("Privacy budget, privacy.epsilon; 0 if there is none.")
     privacy_held = gauge("1 while training is held because the privacy budget is spent.")

@@ -71,8 +71,9 @@ WARM_UP = 30
 """Windows before the guard first judges an update."""
 
 MOST_WAIT_MS = 30_000
-"""Log time for which versions wait while the guard is unsure: half the delay of serving that raises an alert.
-If windows are longer than that, because few users click, a suspect version passes then, and may be held later."""
+"""For how long versions wait while the guard is unsure, in log time or in wall time, whichever ends first: half the delay
+of serving that raises an alert. If windows are longer than that, because few users click, a suspect version passes then,
+and may be held later."""
 
 SLICES = "slices."
 """Prefix of the names of slice state."""
@@ -368,6 +369,7 @@ class UpdateGuard:
         self._watch = WindowWatch(wanted, json.dumps([value_counts, settings.events.actions]))
         self._enabled, self._registry, self._metrics, self._clocks = wanted.mode == "on", registry, metrics, clocks
         self._last, self._skipped, self._skipped_since = PASSED, 0, WindowStart(0, 0)
+        self._unsure_since_s = 0.0
         # A hold that is not in control yet, and the trainer's position at the hold.
         self._unwritten: tuple[HeldUpdate, TrainingPlace] | None = None
         self._tried_s, self._log_once = float("-inf"), SaidOnce(logger.error)
@@ -378,9 +380,16 @@ class UpdateGuard:
         self._last, self._skipped, self._unwritten = PASSED, 0, None
 
     @property
+    def passes_in_s(self) -> float:
+        """Seconds until the present weights may become a version, unless a later record is held; infinity after a hold."""
+        if self._last.standing is Standing.SUSPECT:
+            return max(0.0, self._unsure_since_s + MOST_WAIT_MS / 1000 - self._clocks.elapsed())
+        return 0.0 if self._last.standing is Standing.PASS else math.inf
+
+    @property
     def passes(self) -> bool:
         """Whether the present weights may become a version."""
-        return self._last.standing is Standing.PASS
+        return self.passes_in_s == 0.0
 
     @property
     def waits(self) -> bool:
@@ -416,6 +425,7 @@ class UpdateGuard:
             logger.log(
                 level, "versions %s at offset %d (%s)", _SAID[judgement.standing], before.next, self._named(judgement)
             )
+            self._unsure_since_s = self._clocks.elapsed()
         self._last = judgement
         if judgement.standing is not Standing.HOLD:
             return False
@@ -471,7 +481,7 @@ class UpdateGuard:
         if not self._enabled:
             return "", {}
         near = {rule: round(share, 4) for rule, share in self._watch.shares_of_limit().items() if share > 0}
-        return self._last.standing.value, near
+        return (Standing.PASS if self.passes else self._last.standing).value, near
 
     def kept(self) -> dict[str, npt.NDArray[Any]]:
         """The guard state for a durable version, by name; a copy."""

@@ -179,8 +179,10 @@ class Publications:
         is_durable = self._durable_is_due(position)
         if not (position.changed or (position.unsaved and is_durable)):
             return math.inf
-        if not control.publishing or not self._updates.passes:
+        if not control.publishing:
             return math.inf
+        if not self._updates.passes:
+            return self._updates.passes_in_s
         if not self._publisher.accepts or (is_durable and self._publisher.saves):
             return WRITING_S
         return self._pace.due_in_s(self._clocks.elapsed(), late_s, steps_s, has_stepped)

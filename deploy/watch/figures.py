@@ -343,6 +343,7 @@ class Figures:
     top1: float | None = None
     skipped_per_s: float | None = None
     held: bool = False
+    withheld: bool = False
     budget: BudgetLeft | None = None
     paused: bool = False
     publishing_held: bool = False
@@ -537,6 +538,7 @@ def read(stream: Seen, trainer: Seen, applier: Seen, worker: Seen) -> Figures:
         top1=trainer.now.value("springtide_trainer_top1_ratio") if learned else None,
         skipped_per_s=trainer.rate("springtide_trainer_rows_total", outcome=("skipped",)),
         held=bool(trainer.now.value("springtide_trainer_held")),
+        withheld=bool(trainer.now.value("springtide_trainer_withheld")),
         budget=_budget_of(trainer.now),
         paused=bool(trainer.now.value("springtide_trainer_paused")),
         publishing_held=bool(trainer.now.value("springtide_trainer_publishing_held")),

@@ -146,7 +146,10 @@ def _of_figures(figures: Figures) -> Iterator[Problem]:
     skipped = _share(figures.skipped_per_s, figures.rows_per_s)
     if figures.held:
         yield Problem("critical", "training is held by the guard", "training-is-held", "trainer")
-    elif skipped > SKIPPED_SHARE:
+    elif figures.withheld:
+        text = "versions wait, at most 30 s, because the guard is unsure about an update"
+        yield Problem("info", text, "training-is-held", "versions")
+    if not figures.held and skipped > SKIPPED_SHARE:
         yield Problem("warning", f"the guard skips {skipped:.0%} of the examples", "training-is-held", "trainer")
     if figures.budget and figures.budget.spent:
         yield Problem(

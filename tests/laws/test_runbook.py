@@ -136,7 +136,7 @@ def test_what_status_says_is_what_the_table_shows() -> None:
     nearly = Figures(up="starting")
     stopped = Figures(away={"stream": "refused", "segments": "refused"})
     many = Figures(up_s={"worker": 1.0}, lag_events=12_000.0)
-    skips = Figures(up_s={"worker": 1.0}, rows_per_s=10.0, skipped_per_s=3.0)
+    skips = Figures(up_s={"worker": 1.0}, rows_per_s=10.0, skipped_per_s=3.0, withheld=True)
     waits = Figures(up_s={"worker": 1.0}, starting={"trainer": STANDS_BY})
     held = Figures(up_s={"worker": 1.0}, paused=True, publishing_held=True, pinned=True)
     shown = [Snapshot(figures) for figures in (wrong, begins, nearly, stopped, many, skips, waits, held)]

@@ -19,7 +19,7 @@ from tests.state.registry.hosts import CopyHost, away
 from tests.trainer.clicks import TOPIC, microbatch
 from tests.trainer.logs import append, bits_of, kill, learner, run_to_end, settle, started, without, written
 from trainer import holding
-from trainer.learner import Learner
+from trainer.learner import IDLE_TICKS, Learner
 
 GUARD = ("--guard.window_s", "1")
 
@@ -86,6 +86,35 @@ def test_a_flood_is_held_before_it_is_served(tmp_path: Path, caplog: pytest.LogC
     assert max(registry.versions()) == versions[-1].version, "nor is one made of it at the end"
     again = learner(registry, written(POISONED), *GUARD)
     assert again.tick(0.0) == 0, "a restart does not let it go"
+
+
+def test_without_a_further_click_a_version_waits_for_an_unsure_guard_at_most_30_s(tmp_path: Path) -> None:
+    registry, log, tick_s = started(tmp_path), written(CLEAN[: FLOOD[0]]), 0.25
+    running = learner(registry, log, *GUARD, tick_s=tick_s)
+    run_to_end(running)
+    settle(running)
+    withheld = running._metrics.withheld._value
+    for record in POISONED[FLOOD[0] :]:
+        append(log, [record])
+        run_to_end(running)
+        if withheld.get():
+            break
+    at, before, ticks = running.place.next, registry.versions(), 0
+    while registry.versions() == before:
+        assert withheld.get() == 1
+        ticks += 1
+        assert ticks < 30 / tick_s, "no tick reads the clock less than once"
+        running.tick(0.0)
+        settle(running)
+    newest = registry.manifest(registry.versions()[-1])
+    assert (newest.log.next, newest.verdict) == (at, "pass")
+    for _ in range(IDLE_TICKS):
+        running.tick(0.0)
+    assert withheld.get() == 0
+    # The windows are a function of the log alone, so the rest of the flood is held as ever.
+    append(log, POISONED[FLOOD[0] + 1 :])
+    run_to_end(running)
+    assert held_of(registry).rule == "user"
 
 
 def test_a_hold_that_cannot_be_written_holds_anyway_and_is_written_later(

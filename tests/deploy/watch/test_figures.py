@@ -336,6 +336,8 @@ UP = {"worker": 1.0}
         ({"faults": 1.0}, "accounts do not balance"),
         ({"held": True, "rows_per_s": 100.0, "skipped_per_s": 30.0}, "training is held by the guard"),
         ({"rows_per_s": 100.0, "skipped_per_s": 30.0}, "the guard skips 30% of the examples"),
+        ({"withheld": True}, "versions wait, at most 30 s, because the guard is unsure about an update"),
+        ({"withheld": True, "held": True}, "training is held by the guard"),
         ({"rows_per_s": 100.0, "skipped_per_s": 1.0}, "nothing is wrong"),
         ({"budget": BudgetLeft(8.0, 0.1, False)}, "nothing is wrong"),
         ({"budget": BudgetLeft(8.0, 0.1, True)}, "training holds: the privacy budget is spent"),
