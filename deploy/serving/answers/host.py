@@ -38,8 +38,6 @@ from state.rows.store import RowStore
 from state.segments import Membership, SegmentStore, read_lookalikes, texts_of
 from state.user_shares import SHARES
 
-DEGRADED_S = 60.0
-"""The delay before a part counts as degraded; also that of the alert `SpringtideSharedAway`."""
 READ_S = 0.1
 """Interval between updates of the item sources, after the first request for items."""
 MORE_S = 0.005
@@ -253,12 +251,8 @@ class Host:
         return missing or ({"program": self.OTHERS} if self.others_compile() else {})
 
     def degraded(self) -> dict[str, str]:
-        """Returns a message for each part (histories, version) that is more than `DEGRADED_S` behind."""
-        return {
-            part: f"what came in the last {age_s:.0f} s is not all taken up"
-            for part, age_s in self._currency.ages_s(self._now_ms()).items()
-            if age_s is not None and age_s > DEGRADED_S
-        }
+        """Returns why a part (histories, version) does not get updates; empty if both do."""
+        return self._currency.degraded(self._now_ms())
 
     def refused(self) -> tuple[int, str] | None:
         """Returns the newest version after the served one that failed its probe, with the reason; None without one."""

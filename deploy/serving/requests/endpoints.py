@@ -419,7 +419,7 @@ def health_endpoints(host: Host, registry: CollectorRegistry, draining: Callable
             METHODS,
             "/readyz",
             ready,
-            "Whether this worker can answer, and otherwise why not.",
+            "Whether this worker can answer, and otherwise why not; and what its answers get no updates of.",
             role=OPEN,
             returns=(responses.Readiness,),
             failures={**FAILED, 503: responses.Readiness},
