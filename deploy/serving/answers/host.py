@@ -157,11 +157,11 @@ class Host:
         require: Raises NotHeld if this host does not hold a user, by pseudonym; None if it holds all users.
         kernels: The kernels that this process compiles; None if answers do not wait for them.
         warm: Whether answers of each kind have been computed once to warm up.
-        others_compile: Whether a worker on the same port still compiles its kernels, and cannot answer.
+        others_wait: Whether a worker that is not prepared still accepts connections of the same port.
     """
 
     COLD = "the first answers are being prepared"
-    OTHERS = "another worker of this host compiles its kernels"
+    OTHERS = "another worker of this host, which is not prepared, still accepts connections"
 
     def __init__(
         self, settings: Settings, salt: Salt, now_ms: Callable[[], int], pseudonym: Callable[[str], int] | None = None
@@ -174,7 +174,7 @@ class Host:
         self.require: Callable[[int], None] | None = None if self.shares.is_all else self._require
         self.kernels: Kernels | None = None
         self.warm = True
-        self.others_compile: Callable[[], bool] = lambda: False
+        self.others_wait: Callable[[], bool] = lambda: False
         self._rows: RowStore | None = None
         self._histories: HistoryStore | None = None
         self._attributes: AttributeStore | None = None
@@ -219,6 +219,16 @@ class Host:
             self._sources = ItemSources(histories, self._rows)
         return self._sources
 
+    def answers(self) -> bool:
+        """Whether this worker can compute answers, however old: it has kernels, stores, a version and its program."""
+        try:
+            predictor = self.predictor()
+            with predictor.reading() as reader:
+                predictor.load_version(reader)
+        except SpringtideError:
+            return False
+        return True
+
     def missing(self) -> dict[str, str]:
         """Returns why this worker cannot answer, by part (histories, version, program); empty when ready.
 
@@ -248,7 +258,7 @@ class Host:
             missing = self._currency.older_than(max_age_s, self._now_ms()) | missing
         if not missing and not self.warm:
             return {"program": self.COLD}
-        return missing or ({"program": self.OTHERS} if self.others_compile() else {})
+        return missing or ({"program": self.OTHERS} if self.others_wait() else {})
 
     def degraded(self) -> dict[str, str]:
         """Returns why a part (histories, version) does not get updates; empty if both do."""
