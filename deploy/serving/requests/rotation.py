@@ -21,8 +21,8 @@ class Rotation:
 
     >>> states = (ctypes.c_ubyte * 2)()
     >>> first, second = Rotation(states, 0), Rotation(states, 1)
-    >>> second.opened(), first.prepare()
-    (None, None)
+    >>> second.open(), first.prepare()
+    (True, None)
     >>> first.accepts, second.accepts, first.is_settled
     (True, False, False)
     >>> second.closed()
@@ -53,10 +53,14 @@ class Rotation:
         """Reports that this worker is prepared."""
         self._states[self._number] = PREPARED
 
-    def opened(self) -> None:
-        """Reports that this worker is about to accept connections."""
+    def open(self) -> bool:
+        """Reports that this worker is about to accept connections; returns whether it still is to."""
         if self._states[self._number] != PREPARED:
             self._states[self._number] = WAITING
+            # Another worker is prepared since this one asked; or it sees from now on that this one accepts.
+            if not self.accepts:
+                self.closed()
+        return self.accepts
 
     def closed(self) -> None:
         """Reports that this worker accepts no more connections."""

@@ -501,12 +501,11 @@ class DrainingServer(uvicorn.Server):
         """Accepts connections or not, as the rotation says."""
         if not self._rotation.accepts:
             await self._close()
-        elif not self._is_open:
+        elif not self._is_open and self._rotation.open():
             await self._open()
 
     async def _open(self) -> None:
         self._is_open = True
-        self._rotation.opened()
         if self._make_grpc is not None:
             self._grpc = self._make_grpc()
             await self._grpc.start()

@@ -38,7 +38,12 @@ from tests.deploy.serving.stocked import NOW_MS, SALT_KEY, Stores, digest_of, ma
 
 @contextmanager
 def worker(
-    stores: Stores, port: int, workers: int = 1, grpc_port: int = 0, **more: str
+    stores: Stores,
+    port: int,
+    workers: int = 1,
+    grpc_port: int = 0,
+    popen: Callable[..., subprocess.Popen[str]] = forked.Popen,
+    **more: str,
 ) -> Iterator[subprocess.Popen[str]]:
     given = {
         "port": str(port), "workers": str(workers), "grpc_port": str(grpc_port), "drain_s": "0",
@@ -47,7 +52,7 @@ def worker(
     } | more  # fmt: skip
     environment = os.environ | {f"SPRINGTIDE_SERVING_{name.upper()}": value for name, value in given.items()}
     environment["SPRINGTIDE_PATHS_STATE"] = stores.settings.paths.state
-    process = forked.Popen(
+    process = popen(
         [sys.executable, "-m", "deploy.serving.rest"],
         env=environment,
         stderr=subprocess.PIPE,

@@ -96,7 +96,8 @@ def test_a_worker_with_an_empty_kernel_cache_answers_health_checks_and_is_not_re
 ) -> None:
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "kernels"))
     port = free_port()
-    with worker(stores, port):
+    # Not forked: Numba reads the variable when it is imported.
+    with worker(stores, port, popen=subprocess.Popen):
         until(lambda: answers(port, "/healthz"))
         url, waited_s, compiling = f"http://127.0.0.1:{port}", [], 0
         while (ready := httpx.get(f"{url}/readyz", timeout=60.0)).status_code != 200:
@@ -142,13 +143,13 @@ def test_a_worker_is_ready_once_no_other_one_accepts_connections_unprepared(stor
     first, second = Rotation(states, 0), Rotation(states, 1)
     host.others_wait = lambda: not first.is_settled
     for rotation in (first, second):
-        assert rotation.accepts
-        rotation.opened()
+        assert rotation.open()
     prepare(host, first.prepare)
     assert host.missing() == {"program": Host.OTHERS}
     assert first.accepts and not second.accepts
     second.closed()
     assert host.missing() == {}
+    assert not second.open() and first.is_settled
     # Where the prepared one dies, somebody has to answer health checks.
     first.closed()
     assert second.accepts
