@@ -27,7 +27,7 @@ from prometheus_client import CollectorRegistry
 from deploy.serving.answers.item_index import ItemSources
 from deploy.serving.answers.items import MOST_CANDIDATES, recommend
 from deploy.serving.answers.predictor import Predictor, Stores
-from deploy.serving.answers.query import Query, WantedItems
+from deploy.serving.answers.query import EXCLUSIONS, Exclusion, Query, WantedItems
 from deploy.serving.answers.queue import finished
 from deploy.serving.following.clicks import Upkeep
 from deploy.serving.host_files import program_path
@@ -346,8 +346,10 @@ class ProgressiveValidation:
         proposed = {int(candidate.id, 16): str(candidate.reason) for candidate in candidates}
         ranking = self._trainer.item_ranking
         without = self._host.ranks_without(request.item, SHOWN) if ranking is not None and ranking.served() else {}
-        ranks, hit = self._ranks(request, past, False, self.lists)
-        unseen_ranks, unseen_hit = ({}, "") if seen else self._ranks(request, past, True, self.unseen_lists)
+        ranks, hit = self._ranks(request, past, frozenset(), self.lists)
+        unseen_ranks, unseen_hit = (
+            ({}, "") if seen else self._ranks(request, past, frozenset(EXCLUSIONS), self.unseen_lists)
+        )
         self.asked.append(
             Asked(
                 request.user,
@@ -364,16 +366,16 @@ class ProgressiveValidation:
         )
 
     def _ranks(
-        self, request: RequestOf, past: UserPast, exclude_seen: bool, lists: Lists
+        self, request: RequestOf, past: UserPast, exclude: frozenset[Exclusion], lists: Lists
     ) -> tuple[dict[str, int], str]:
         assert self._host is not None
-        wanted = WantedItems(SHOWN, None, exclude_seen)
+        wanted = WantedItems(SHOWN, None, exclude)
         answer = self._host.recommend(request.user, request.at_ms, wanted, request.context).items
         lists.listed.update(item.reason for item in answer)
         proposals = {OURS: [int(item.id, 16) for item in answer]}
         for baseline in self._item_baselines:
             proposed = baseline.propose(past)
-            if exclude_seen:
+            if exclude:
                 proposed = (item for item in proposed if item not in past.seen)
             proposals[baseline.name] = list(islice(proposed, SHOWN))
         ranks = {}

@@ -162,7 +162,11 @@ def recommendation_tables(requests: Sequence[Asked]) -> list[Table]:
     groups: list[tuple[str, Sequence[Asked], Callable[[Asked], dict[str, int]]]] = [
         ("all clicks", requests, lambda request: request.ranks),
         ("clicks on items that are new to the user", new, lambda request: request.ranks),
-        ("clicks on items that are new to the user, with exclude_seen", new, lambda request: request.unseen_ranks),
+        (
+            "clicks on items that are new to the user, with exclude=clicked,shown",
+            new,
+            lambda request: request.unseen_ranks,
+        ),
     ]
     scored = [request for request in requests if request.without]
     about = "all clicks, without one source of candidates and with the same weights"
@@ -273,7 +277,7 @@ def as_text(evaluation: Evaluation) -> str:
         lines += ["", *_history_lines(by_history)]
     for title, number_of_table, sources in (
         ("What each source of candidates of springtide contributed", 0, evaluation.sources),
-        ("The same with exclude_seen, for items that are new to the user", 2, evaluation.unseen_sources),
+        ("The same with exclude=clicked,shown, for items that are new to the user", 2, evaluation.unseen_sources),
     ):
         if sources:
             lines += ["", title, *_source_lines(sources, evaluation.recommendation[number_of_table].rows)]

@@ -276,7 +276,7 @@ class RefusedVersion(Struct, frozen=True):
 class Readiness(Struct, frozen=True):
     """Whether a worker can serve requests, and what it lacks; `error` and `do` give the cause and the remedy.
 
-    `degraded` maps a part (`version`, `histories`) to what the host has lacked for more than a minute.
+    `degraded` maps a part (`version`, `histories`) that gets no updates to the reason. Answers continue.
     """
 
     ready: bool

@@ -373,7 +373,7 @@ class AsyncClient:
         *,
         n: int | None = None,
         category: str | None = None,
-        exclude_seen: bool = False,
+        exclude: Sequence[str] = (),
         at: str | int | None = None,
         context: Mapping[str, str] | None = None,
     ) -> Recommendations:
@@ -383,14 +383,14 @@ class AsyncClient:
             user_id: The raw id.
             n: The most items, up to 100; by default 20.
             category: Only items of this category.
-            exclude_seen: Whether items that the user clicked are left out.
+            exclude: Which items are left out: `clicked`, those that the user clicked; `shown`, those only shown.
             at: As of `profile`.
             context: Likewise.
 
         Raises:
             ClientError: See the module.
         """
-        parameters = {"n": n, "category": category, "exclude_seen": "true" if exclude_seen else None, "at": at}
+        parameters = {"n": n, "category": category, "exclude": ",".join(exclude) or None, "at": at}
         return await self._get("/v1/recommendations/{}", user_id, Recommendations, parameters, context)
 
     async def similar(
@@ -398,12 +398,12 @@ class AsyncClient:
         user_id: str,
         *,
         n: int | None = None,
-        exclude_seen: bool = False,
+        exclude: Sequence[str] = (),
         at: str | int | None = None,
         context: Mapping[str, str] | None = None,
     ) -> SimilarItems:
         """Returns the items that are nearest to this user; arguments and errors as of `recommend`."""
-        parameters = {"n": n, "exclude_seen": "true" if exclude_seen else None, "at": at}
+        parameters = {"n": n, "exclude": ",".join(exclude) or None, "at": at}
         return await self._get("/v1/similar/{}", user_id, SimilarItems, parameters, context)
 
     async def explain(

@@ -333,6 +333,10 @@ class ApplierMetrics(Metrics):
     gap_positions = counter("Positions that no micro-batch covers or that were deleted before they were read.")
     unreadable_microbatches = counter("Records of the micro-batch topic that are not valid micro-batches.")
     log_failures = counter("Failed reads of the micro-batch topic.")
+    degraded = gauge(
+        "1 while a part of the answers gets no updates, by part: version (from the registry), histories (from Kafka). `/readyz` gives the reason.",
+        "part",
+    )
     log_away = gauge("1 while no broker of the micro-batch topic is reachable.")
     feature_age_seconds = histogram(
         "Age of the newest click in the histories, sampled ten times per second.", FRESHNESS_SECONDS

@@ -22,13 +22,13 @@ from deploy.serving import host_files
 from deploy.serving.following.clicks import HistoryFollower
 from deploy.serving.following.snapshots import SnapshotTaker, load_if_behind
 from deploy.serving.following.versions import VersionFollower
-from deploy.serving.host_files import Currency, make_room, name_of, settled
+from deploy.serving.host_files import DEGRADED_S, Currency, make_room, name_of, settled
 from state.attributes.follower import AttributeFollower, keep_following
 from state.attributes.values import AttributeStore, tables_of
 from state.config.settings import Settings
 from state.disk import documents
 from state.disk import memory_place as place
-from state.disk.files import HOST
+from state.disk.files import HOST, Noted
 from state.disk.lmdb_store import MAP_BYTES, PAGES_MS
 from state.disk.lock import DirectoryLock
 from state.errors import GapError, LogError, RegistryError, StoreFull, UnknownTopic, UnusablePlace
@@ -51,7 +51,7 @@ from state.registry.control import Control
 from state.registry.controls import ControlPoll
 from state.registry.hosts import ErasureReport, write_erasure_report
 from state.registry.log_line import WHOLE, LogLine
-from state.registry.sharing import copying, reached_ms
+from state.registry.sharing import copying, reached
 from state.registry.specs import SpecActions
 from state.rows.reader import Served
 from state.rows.store import RowStore
@@ -361,6 +361,9 @@ class Applier:
             self.clicks.committed = self._snapshots.take
         self.metrics.snapshot_every_seconds.set(settings.history.snapshot_every_s)
         self._currency = Currency(folder)
+        for part in (host_files.VERSIONS, host_files.CLICKS):
+            # Computed when it is read: the thread of the part may hang in a file system that does not respond.
+            self.metrics.degraded.labels(part).set_function(partial(self._is_degraded, part))
         where = (folder, settings.registry_dir, self._histories)
         self.erasures = HostErasures(*where, lambda: self.versions.erased, now_ms)
 
@@ -368,6 +371,9 @@ class Applier:
     def versions(self) -> VersionFollower:
         """Applies versions to the rows that workers read."""
         return self._rows.versions
+
+    def _is_degraded(self, part: str) -> bool:
+        return part in self._currency.degraded(self._now_ms())
 
     def _number_actions(self) -> None:
         """Adds action names to histories written by 0.1.0, from the version that answered last."""
@@ -419,12 +425,13 @@ class Applier:
     def _room(self) -> Room:
         return Room(SERVING, self._storage, self._stop.wait, _log.warning)
 
-    def _registry_ms(self) -> int:
+    def _registry(self) -> Noted:
         """Until when the registry's directory has all versions: now, or the last contact with its shared location."""
         now_ms = self._now_ms()
         if not self._settings.paths.shared_registry:
-            return now_ms
-        return min(now_ms, reached_ms(self._settings.registry_dir))
+            return Noted(now_ms, "")
+        noted = reached(self._settings.registry_dir)
+        return noted._replace(at_ms=min(now_ms, noted.at_ms))
 
     def _follow_versions(self) -> None:
         sample_s, house_s, room = 0.0, 0.0, self._room()
@@ -432,12 +439,14 @@ class Applier:
         while not self._stop.is_set():
             more, pause_s = False, POLL_S
             try:
-                looked_ms = self._registry_ms()
+                registry = self._registry()
                 more = self._rows.step()
                 room.found(VERSIONS)
-                if not more and looked_ms:
-                    self._currency.note(host_files.VERSIONS, looked_ms)
+                self._currency.fail(host_files.VERSIONS, registry.problem)
+                if not more and registry.at_ms and not registry.problem:
+                    self._currency.note(host_files.VERSIONS, registry.at_ms)
             except (StoreFull, RegistryError, OSError) as error:
+                self._currency.fail(host_files.VERSIONS, str(error))
                 if is_full(error):
                     room.refused(error, VERSIONS)
                 else:
@@ -469,7 +478,7 @@ class Applier:
     def _follow_clicks(self) -> None:
         say, room, begun = SaidOnce(_log.warning), self._room(), False
         kafka = self._settings.kafka
-        check = LogCheck(max(1000, round(250 * self._settings.serving.max_age_s)))
+        check = LogCheck(max(1000, round(250 * (self._settings.serving.max_age_s or DEGRADED_S))))
 
         def open_at(offset: int) -> Reader:
             return Reader(kafka, kafka.microbatches_topic, [TRAINING_PARTITION], {TRAINING_PARTITION: offset})
@@ -491,17 +500,23 @@ class Applier:
                     room.found(CLICKS)
                 if self._snapshots is not None:
                     self._snapshots.poll(self.clicks.caught_up)
-                if self._settings.serving.max_age_s:
+                if self.clicks.away:
+                    self._currency.fail(host_files.CLICKS, f"no broker of {kafka.microbatches_topic} is reachable")
+                else:
+                    self._currency.fail(host_files.CLICKS, "")
                     self._check_log(check)
             except StoreFull as error:
+                self._currency.fail(host_files.CLICKS, str(error))
                 # Resume from the end of the histories.
                 self.clicks.disconnect()
                 room.refused(error, CLICKS)
                 self._stop.wait(RETRY_S)
             except UnusablePlace as error:
+                self._currency.fail(host_files.CLICKS, str(error))
                 say(f"{error}; the histories wait for their snapshot")
                 self._stop.wait(RETRY_S)
             except (GapError, UnknownTopic, LogError) as error:
+                self._currency.fail(host_files.CLICKS, str(error))
                 self.clicks.disconnect()
                 self.metrics.log_failures.inc()
                 say(f"{error}; serving continues with the clicks it has, and tries again")

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from state.disk import files as durable
-from state.disk.files import HOST
+from state.disk.files import HOST, Noted, Progress, noted_at
 from state.errors import CorruptVersion, RegistryError, SpecMismatch
 from state.features.spec import Events, FeatureSpec
 from state.history.store import HistoryStore
@@ -134,52 +134,57 @@ class EventClock(NamedTuple):
 VERSIONS, CLICKS = "version", "histories"
 """The parts, named as in /readyz."""
 
-NOTE_MS = 1000
+DEGRADED_S = 60.0
+"""The delay before a part counts as degraded without a known reason; also that of the alert `SpringtideSharedAway`."""
 
 
 class Currency:
-    """Records in files up to which time the stores of one host are complete.
+    """Records in files up to which time the stores of one host are complete, and why they are not complete since.
 
-    The applier writes that time, and workers read it. It is not the age of the data: without new clicks, old
+    The applier writes this, and workers read it. The time is not the age of the data: without new clicks, old
     histories are current. Histories that reach the log's end offsets hold all that the log held when these were
     requested. A poll of the registry that finds nothing new counts in the same way.
-
-    The time is the modification time of a file, so recording it is cheap.
     """
 
     def __init__(self, folder: Path) -> None:
         self._paths = {part: folder / f"{CURRENT}.{part}" for part in (VERSIONS, CLICKS)}
-        self._noted_ms = dict.fromkeys(self._paths, 0)
+        self._progress = {part: Progress(path) for part, path in self._paths.items()}
 
     def note(self, part: str, at_ms: int) -> None:
         """Records that the part is complete up to `at_ms`; written at most once a second."""
-        if 0 <= at_ms - self._noted_ms[part] < NOTE_MS:
-            return
-        self._noted_ms[part] = at_ms
         # If the disk is full before the file exists, readiness reports it.
-        durable.note_time(self._paths[part], at_ms)
+        self._progress[part].note(at_ms)
 
-    def ages_s(self, now_ms: int) -> dict[str, float | None]:
-        """Returns, by part, the time in seconds since it was last complete; None if that was never recorded."""
-        ages = dict[str, float | None]()
-        for part, path in self._paths.items():
-            try:
-                ages[part] = (now_ms - path.stat().st_mtime_ns // 1_000_000) / 1000
-            except FileNotFoundError:
-                ages[part] = None
-        return ages
+    def fail(self, part: str, problem: str) -> None:
+        """Records why the part cannot be completed now; an empty `problem`: it can be again."""
+        self._progress[part].fail(problem)
+
+    def degraded(self, now_ms: int) -> dict[str, str]:
+        """Returns a message for each part with a problem, or that was last complete more than `DEGRADED_S` ago."""
+        messages = {}
+        for part, (at_ms, problem) in self._read().items():
+            late = _late(at_ms, now_ms) if at_ms and now_ms - at_ms > DEGRADED_S * 1000 else ""
+            if reasons := [reason for reason in (problem, late) if reason]:
+                messages[part] = "; ".join(reasons)
+        return messages
 
     def older_than(self, max_age_s: float, now_ms: int) -> dict[str, str]:
         """Returns a message for each part that was last complete more than `max_age_s` ago, or never."""
         messages = {}
-        for part, age_s in self.ages_s(now_ms).items():
-            if age_s is None:
-                messages[part] = "the applier has not yet confirmed that this part is up to date"
-            elif age_s > max_age_s:
-                messages[part] = (
-                    f"what came in the last {age_s:.0f} s is not all taken up (serving.max_age_s {max_age_s:g})"
-                )
+        for part, (at_ms, problem) in self._read().items():
+            if not at_ms:
+                messages[part] = problem or "the applier has not yet confirmed that this part is up to date"
+            elif now_ms - at_ms > max_age_s * 1000:
+                late = f"{_late(at_ms, now_ms)} (serving.max_age_s {max_age_s:g})"
+                messages[part] = f"{problem}; {late}" if problem else late
         return messages
+
+    def _read(self) -> dict[str, Noted]:
+        return {part: noted_at(path) for part, path in self._paths.items()}
+
+
+def _late(at_ms: int, now_ms: int) -> str:
+    return f"what came in the last {(now_ms - at_ms) / 1000:.0f} s is not all taken up"
 
 
 class VersionFiles:

@@ -57,6 +57,7 @@ from deploy.serving.requests.http import (
     header,
 )
 from deploy.serving.requests.openapi import document_endpoints
+from deploy.serving.requests.rotation import Rotation, States
 from deploy.serving.requests.routing import Router, Split
 from deploy.serving.requests.server import ConnectionLimits, DrainingServer, listen
 from deploy.serving.requests.tensorflow_serving import model_endpoints, model_services
@@ -87,7 +88,7 @@ class Worker:
     """One of the workers.
 
     Attributes:
-        ready: Set once it accepted connections, in its first life or a later one.
+        ready: Set once its event loop ran, in its first life or a later one.
         deaths: In a row.
         again_s: When it is started again; None while it runs.
     """
@@ -104,7 +105,7 @@ class Workers:
     """Starts and supervises a host's workers; `run` returns after `stop`.
 
     `counters` is the directory of their counters, which is emptied. `target` names what a worker's process calls:
-    (number, socket, event, a flag for the kernels of each worker, parent's arguments).
+    (number, socket, event, states of the rotation, parent's arguments).
     """
 
     def __init__(
@@ -117,7 +118,7 @@ class Workers:
         os.environ[COUNTERS] = str(counters.resolve())
         self.workers = [Worker(number, self._context.Event()) for number in range(count)]
         # Without a lock, which a killed worker would keep.
-        self._compiled = self._context.RawArray(ctypes.c_bool, count)
+        self._states = self._context.RawArray(ctypes.c_ubyte, count)
 
     def stop(self, *_: object) -> None:
         """Ends all workers cleanly."""
@@ -152,6 +153,7 @@ class Workers:
             if process.is_alive():
                 return True
             process.join()
+            Rotation(self._states, worker.number).closed()
             if not worker.ready.is_set():
                 return self._stopping
             # A worker that was asked to end did not crash: its successor may start at once.
@@ -160,7 +162,7 @@ class Workers:
             ended = how(process.exitcode or 0)
             _log.warning("serving worker %d ended (%s); %s", worker.number, ended, worker.deaths.as_text())
         if now_s >= worker.again_s:
-            arguments = (worker.number, self._bound, worker.ready, self._compiled, self._arguments)
+            arguments = (worker.number, self._bound, worker.ready, self._states, self._arguments)
             worker.process = self._context.Process(target=self._target, args=arguments)
             worker.process.start()
             worker.since_s, worker.again_s = now_s, None
@@ -209,7 +211,6 @@ OWN_FILES = 256
 UNKNOWN = "unknown"
 """Metrics' label value of a request that matches no endpoint."""
 Done = Callable[[Response], None]
-Flags = ctypes.Array[ctypes.c_bool]
 _log = logging.getLogger(__name__)
 
 
@@ -344,42 +345,25 @@ class App:
 class Warming:
     """Prepares a worker: its kernels, then one answer of each kind. Until then the host is not ready.
 
-    `compiled` is called once the kernels are ready.
+    `prepared` is called afterwards.
     """
 
-    def __init__(self, host: Host, kernels: Kernels, compiled: Callable[[], object] = lambda: None) -> None:
-        self._host, self._kernels, self._compiled = host, kernels, compiled
+    def __init__(self, host: Host, kernels: Kernels, prepared: Callable[[], object] = lambda: None) -> None:
+        self._host, self._kernels, self._prepared = host, kernels, prepared
         host.kernels, host.warm = kernels, False
         self._task: asyncio.Task[None] | None = None
 
-    def prepare(self) -> None:
-        """Prepares the worker before it accepts connections, if its host can answer already."""
-        self._compile()
-        if self._is_cold():
-            for _ in self._steps():
-                pass
-
     def start(self) -> None:
-        """Completes the preparation while the event loop answers; the kernels are compiled in a thread."""
-        if self._host.warm:
-            return
-        if not self._kernels.done:
-            # A daemon: a stop does not wait for the compiler.
-            threading.Thread(target=self._compile, name="kernels", daemon=True).start()
+        """Prepares the worker while the event loop answers; the kernels are compiled in a thread."""
+        # A daemon: a stop does not wait for the compiler.
+        threading.Thread(target=self._kernels.prepare, name="kernels", daemon=True).start()
         self._task = asyncio.get_running_loop().create_task(self._run())
 
-    def _compile(self) -> None:
-        self._kernels.prepare()
-        self._compiled()
-
     async def _run(self) -> None:
-        while not self._is_cold():
+        while not self._host.answers():
             await asyncio.sleep(POLL_S)
         for _ in self._steps():
             await asyncio.sleep(0)
-
-    def _is_cold(self) -> bool:
-        return self._kernels.done and self._host.missing() == {"program": Host.COLD}
 
     def _steps(self) -> Generator[None]:
         began_s = time.monotonic()
@@ -394,6 +378,7 @@ class Warming:
         # Modules have 100,000 objects. A full garbage collection that visits them delays all answers by 60 ms.
         freeze_objects()
         self._host.warm = True
+        self._prepared()
         _log.info("ready: one answer of each kind prepared in %.1f s", time.monotonic() - began_s)
 
 
@@ -420,21 +405,18 @@ def serve(
     bound: socket.socket,
     ready: Callable[[], None] = lambda: None,
     number: int = 0,
-    compiled: Flags | None = None,
-    again: bool = False,
+    states: States | None = None,
 ) -> None:
     """Runs one worker until SIGTERM or SIGINT; requests in progress are answered before it returns.
 
-    `ready` is called once it accepts connections. `number` is its index among the workers that answer on the same port,
-    and `compiled` has a flag of each, set once that worker's kernels are ready; None: it is the only one. Metrics of
-    several workers add up their counters. `again`: it replaces a worker, so it is prepared before it accepts
-    connections.
+    `ready` is called once its event loop runs. `number` is its index among the workers that answer on the same port,
+    and `states` are theirs in the rotation; None: it is the only one. Metrics of several workers add up their counters.
     """
     salt, serving = load_salt(settings.salt_path, create=False), settings.serving
-    shared, flags = compiled is not None, (ctypes.c_bool * 1)() if compiled is None else compiled
+    shared, rotation = states is not None, Rotation(states, number)
     host = Host(settings, salt, now_ms=wall_ms)
     # A client of the port may reach any worker.
-    host.others_compile = lambda: not all(flags)
+    host.others_wait = lambda: not rotation.is_settled
     access = Access.of(settings)
     registry = CollectorRegistry()
     # It logs URLs, which contain user ids.
@@ -449,9 +431,7 @@ def serve(
         add_process(registry)
     own_hosts = access.tokens is None and is_loopback(serving.host)
     limits = ConnectionLimits(serving.timeout_s, CONNECTIONS, own_hosts)
-    warming = Warming(
-        host, Kernels(registry, _log, uses=[FEATURE_KERNELS]), functools.partial(flags.__setitem__, number, True)
-    )
+    warming = Warming(host, Kernels(registry, _log, uses=[FEATURE_KERNELS]), rotation.prepare)
     if serving.advertise or not host.shares.is_all:
         app.router = Router(settings, salt, host, app.metrics, wall_ms)
 
@@ -461,24 +441,24 @@ def serve(
         counts = RequestCounts(app.metrics, lambda: host.version)
         return GrpcServer(app.grpc_services(), counts, app.ready, access, address)
 
-    def accepts() -> None:
+    def started() -> None:
         warming.start()
-        app.metrics.worker_starts.inc()
         if app.router is not None:
             app.router.start()
         ready()
 
-    server = DrainingServer(app, limits, serving.drain_s, accepts, grpc if serving.grpc_port else None, access)
+    # Once, although a worker that is not prepared may accept connections for a while, and again later.
+    count_start = functools.cache(app.metrics.worker_starts.inc)
+    make_grpc = grpc if serving.grpc_port else None
+    server = DrainingServer(app, limits, serving.drain_s, started, count_start, make_grpc, access, rotation)
     server.end_on_signals()
-    if again:
-        warming.prepare()
     try:
         server.run(sockets=[bound])
     finally:
         app.close()
 
 
-def shared_worker(number: int, bound: socket.socket, ready: Event, compiled: Flags, argv: list[str]) -> None:
+def shared_worker(number: int, bound: socket.socket, ready: Event, states: States, argv: list[str]) -> None:
     """Runs one of several workers; it adds the counters of the others to its own."""
     end_with_parent()
     count_as(number)
@@ -486,7 +466,7 @@ def shared_worker(number: int, bound: socket.socket, ready: Event, compiled: Fla
     def work() -> None:
         settings = load(argv)
         log_lines.follow(settings.logs)
-        serve(settings, bound, ready.set, number, compiled, again=ready.is_set())
+        serve(settings, bound, ready.set, number, states)
 
     log_lines.begin("worker")
     sys.exit(reported(work, _log))

@@ -313,6 +313,7 @@ class Figures:
         corrupt: Versions that serving refused for their digests.
         differing: Sampled rows that were trained with other features than serving computes.
         refused: The newest version that failed its probe, if it is newer than the served one.
+        degraded: Parts of the answers (version, histories) that get no updates, as `/readyz` reports.
         full: What waits for disk space, and which data takes almost all of a share, in words.
         dying: Process that does not answer -> how often in a row it died, of those that `springtide up` restarts.
         clocks_off: Direction -> the clicks whose clock is off.
@@ -362,6 +363,7 @@ class Figures:
     faults: float = 0.0
     corrupt: float = 0.0
     refused: float = 0.0
+    degraded: Sequence[str] = ()
     differing: float = 0.0
     full: Sequence[str] = ()
     dying: Mapping[str, float] = field(default_factory=dict)
@@ -516,6 +518,7 @@ def read(stream: Seen, trainer: Seen, applier: Seen, worker: Seen) -> Figures:
     learned = bool(trainer.now.total("springtide_trainer_steps_total"))
     dead = stream.now.by("springtide_stream_dead_letters_total", "reason")
     accounts = {"stream": stream, "trainer": trainer}.items()
+    degraded = applier.now.by("springtide_serving_degraded", "part")
     return Figures(
         events=stream.count("springtide_stream_events_total"),
         events_per_s=stream.rate("springtide_stream_events_total"),
@@ -560,4 +563,5 @@ def read(stream: Seen, trainer: Seen, applier: Seen, worker: Seen) -> Figures:
         corrupt=applier.now.total("springtide_serving_corrupt_versions_total") or 0.0,
         differing=applier.now.total("springtide_serving_parity_rows_total", outcome=("differs",)) or 0.0,
         refused=applier.now.value("springtide_serving_refused_version") or 0.0,
+        degraded=[part for part, is_degraded in degraded.items() if is_degraded],
     )

@@ -179,6 +179,9 @@ def _of_figures(figures: Figures) -> Iterator[Problem]:
         yield Problem("critical", f"corrupt versions: {shown(figures.corrupt)}", "a-version-is-damaged", "versions")
     if figures.refused:
         yield Problem("critical", f"version {figures.refused:.0f} is refused", "a-version-is-refused", "versions")
+    # Late histories are reported by the broker's state and by the applier's backlog.
+    if "version" in figures.degraded:
+        yield Problem("critical", "serving gets no new versions", "the-registry-is-unreachable", "versions")
 
 
 def _of_processes(figures: Figures) -> Iterator[Problem]:

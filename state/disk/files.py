@@ -14,6 +14,7 @@ import os
 import socket
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -89,11 +90,65 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def note_time(path: Path, at_ms: int) -> None:
-    """Sets the modification time of a file, which it creates. On a full disk nothing is noted."""
-    with suppress(OSError):
-        path.touch()
-        os.utime(path, ns=(at_ms * 1_000_000, at_ms * 1_000_000))
+class Noted(NamedTuple):
+    """What a `Progress` recorded.
+
+    Attributes:
+        at_ms: Until when all was complete, in milliseconds since 1970; 0 for never.
+        problem: Why it cannot be completed now; empty if it can be.
+    """
+
+    at_ms: int
+    problem: str
+
+
+class Progress:
+    """Records in a file until when something is complete (its modification time), and what is wrong (its content).
+
+    Recording is cheap: nothing is synced. On a full disk nothing is recorded. Readers see the old record or the new one.
+    """
+
+    NOTE_MS = 1000
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._written = path, noted_at(path)
+
+    def note(self, at_ms: int) -> None:
+        """Records that all is complete up to `at_ms`; written at most once a second."""
+        if self._written.problem or not 0 <= at_ms - self._written.at_ms < self.NOTE_MS:
+            self._write(Noted(at_ms, ""))
+
+    def fail(self, problem: str) -> None:
+        """Records what is wrong; an empty `problem`: nothing is, but the time of completeness is as before."""
+        if self._written.problem != problem:
+            self._write(self._written._replace(problem=problem))
+
+    def _write(self, noted: Noted) -> None:
+        temporary = unique(self._path)
+        with suppress(OSError):
+            if self._path.exists() and noted_at(self._path).problem == noted.problem:
+                _set_time(self._path, noted.at_ms)
+            else:
+                try:
+                    temporary.write_text(noted.problem, "utf-8", "replace")
+                    _set_time(temporary, noted.at_ms)
+                    temporary.replace(self._path)
+                finally:
+                    temporary.unlink(missing_ok=True)
+        self._written = noted
+
+
+def noted_at(path: Path) -> Noted:
+    """Returns what a `Progress` recorded in a file."""
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            return Noted(os.fstat(file.fileno()).st_mtime_ns // 1_000_000, file.read())
+    except FileNotFoundError:
+        return Noted(0, "")
+
+
+def _set_time(path: Path, at_ms: int) -> None:
+    os.utime(path, ns=(at_ms * 1_000_000, at_ms * 1_000_000))
 
 
 def sync_directory(path: Path) -> None:

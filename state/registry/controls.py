@@ -12,7 +12,7 @@ from typing import Any, Literal
 from state import layout
 from state.disk import files as durable
 from state.disk.documents import decode_sealed, encode_sealed, seal, unseal
-from state.errors import ControlConflict, CorruptVersion, RegistryError, UnfitMask
+from state.errors import ControlConflict, CorruptVersion, RegistryError, UnfitMask, UnusableRegistry
 from state.features.erased import Erased, Erasure, MaskedUsers
 from state.process import killpoints
 from state.process.log_lines import SaidOnce
@@ -62,6 +62,18 @@ class Controls:
         while self._control is not None and self._exists(self._control.generation + 1):
             self._control = self._read_control(self._control.generation + 1)
         return self._control
+
+    def require(self, generation: int) -> None:
+        """Checks that a generation that this host has applied still exists.
+
+        Raises:
+            UnusableRegistry: It does not. All generations are kept, so the directory is unmounted, removed or replaced.
+        """
+        if not self._exists(generation):
+            raise UnusableRegistry(
+                f"{self.path} lacks control generation {generation}, which this host has applied",
+                "mount or restore the registry; if another one replaced it, restart serving",
+            )
 
     def controls(self, last: int | None = None) -> list[Control]:
         """The generations in order, or only the `last` newest of them: the audit log.

@@ -30,6 +30,7 @@ from prometheus_client import CollectorRegistry
 from state import layout
 from state.config.settings import Settings
 from state.disk import files as durable
+from state.disk.files import Noted, Progress, noted_at
 from state.disk.lock import DirectoryLock
 from state.errors import LockHeld, RegistryError, SettingsError, UnusablePlace
 from state.file_store import CountedStore, FileStore, open_store
@@ -46,7 +47,6 @@ EXCLUSIVE = "exclusive"
 """The file that tests whether a store supports exclusive creation."""
 RETRY_S, JOIN_S, STAND_BY_S = 1.0, 3.0, 1.0
 SEND_S, COPY_S = 0.3, 0.25  # between packs that the trainer sends, and between polls of a host
-NOTE_MS = 1000
 LAST_S, POLL_S = 10.0, 0.1
 """How long a stopping trainer continues to send, and the interval of checks whether a copier has begun."""
 _log = logging.getLogger(__name__)
@@ -393,12 +393,9 @@ def visit(settings: Settings) -> None:
         Copier(path, open_store(url)).step()
 
 
-def reached_ms(registry: Path) -> int:
-    """When a process of this host last reached the shared registry's store, in milliseconds since 1970; 0 for never."""
-    try:
-        return (registry / layout.SHARED_LOOKED).stat().st_mtime_ns // 1_000_000
-    except FileNotFoundError:
-        return 0
+def reached(registry: Path) -> Noted:
+    """When a process of this host last reached the shared registry's store, and why it does not reach it now."""
+    return noted_at(registry / layout.SHARED_LOOKED)
 
 
 class _HostCopier:
@@ -414,11 +411,21 @@ class _HostCopier:
         self._copier: Copier | None = None
         self._metrics, self.polled = metrics, threading.Event()
         self._began = False
-        self._noted_ms = 0
+        self._reached = Progress(settings.registry_dir / layout.SHARED_LOOKED)
         self._log_once = SaidOnce(_log.info)
 
     def step(self) -> None:
-        """Runs one round, unless another process of this host has the copier."""
+        """Runs one round, unless another process of this host has the copier.
+
+        For the other processes of this host it records when the store was reached, or why it was not.
+        """
+        try:
+            self._step()
+        except (UnusablePlace, RegistryError, OSError) as error:
+            self._reached.fail(str(error))
+            raise
+
+    def _step(self) -> None:
         path = self._settings.registry_dir
         if _has_own_control(path):
             self._log_once(f"{path} has versions of its own: its trainer shares them when it starts")
@@ -442,20 +449,13 @@ class _HostCopier:
         began_ms = wall_ms()
         self._copier.step(control=False)
         self._metrics.looked_seconds.set_to_current_time()
-        self._note(began_ms)
+        self._reached.note(began_ms)
         self.polled.set()
 
     def step_control(self) -> None:
         """Fetches control if this process has the copier; in its own thread, so that versions do not delay a pin."""
         if self._copier is not None:
             self._copier.fetch_control()
-
-    def _note(self, at_ms: int) -> None:
-        """Records for the other processes of this host that the store was reached then; at most once a second."""
-        if not 0 <= at_ms - self._noted_ms < NOTE_MS:
-            self._noted_ms = at_ms
-            # If the disk is full, the readiness check reports it.
-            durable.note_time(self._settings.registry_dir / layout.SHARED_LOOKED, at_ms)
 
     def close(self) -> None:
         self._lock.release()

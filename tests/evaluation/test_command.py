@@ -91,8 +91,10 @@ def test_the_model_learns_and_baselines_find_what_is_theirs(evaluated: tuple[Eva
     top1 = {name: one["top1"] or 0.0 for name, one in figures(found, "interests").items()}
     assert top1["springtide"] > top1["popular so far"]
     abouts = {table.about: number for number, table in enumerate(found.recommendation)}
-    unseen = figures(found, "recommendation", abouts["clicks on items that are new to the user, with exclude_seen"])
-    # With exclude_seen no list has an item that the user had before.
+    unseen = figures(
+        found, "recommendation", abouts["clicks on items that are new to the user, with exclude=clicked,shown"]
+    )
+    # Then no list has an item that the user had before.
     assert unseen["own items"]["recall@20"] == 0.0
     assert (unseen["popular now (6h)"]["recall@20"] or 0.0) > 0.1
 
@@ -100,7 +102,7 @@ def test_the_model_learns_and_baselines_find_what_is_theirs(evaluated: tuple[Eva
 def test_recommendations_beat_what_is_popular_now(evaluated: tuple[Evaluation, Path]) -> None:
     found, _ = evaluated
     tables = {table.about: table for table in found.recommendation}
-    for about in ("all clicks", "clicks on items that are new to the user, with exclude_seen"):
+    for about in ("all clicks", "clicks on items that are new to the user, with exclude=clicked,shown"):
         for score in tables[about].scores:
             if score.name.startswith("popular"):
                 difference = score.difference["recall@20"]

@@ -129,6 +129,7 @@ def test_what_status_says_is_what_the_table_shows() -> None:
         budget=BudgetLeft(8.0, 0.1, True),
         full=full_parts([Scrape(parsed(STORAGE))]),
         corrupt=1.0,
+        degraded=["version"],
         refused=17.0,
         differing=1.0,
     )

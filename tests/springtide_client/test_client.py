@@ -132,8 +132,8 @@ def test_every_argument_is_one_of_the_api(client: Client) -> None:
     assert [item.item for item in ranked.items] == ["i9", "new-1"] and ranked.left_out[0].item == "i1"
     assert not client.rank("ann", ["i1", "i2"]).left_out
     assert client.recommend("ann", n=1, category="hats", **when).at_ms == when["at"]
-    assert len(client.recommend("ann", exclude_seen=True).items) < len(client.recommend("ann").items)
-    assert client.similar("ann", n=3, exclude_seen=True, **when).items == []
+    assert len(client.recommend("ann", exclude=["clicked", "shown"]).items) < len(client.recommend("ann").items)
+    assert client.similar("ann", n=3, exclude=["clicked"], **when).items == []
     found = client.explain("ann", item="i1", category="hats", top=1, **when)
     assert found.item == "i1" and len(found.reasons) == 1
     assert client.explain("ann", label="hats").label == "hats"

@@ -38,8 +38,6 @@ from state.rows.store import RowStore
 from state.segments import Membership, SegmentStore, read_lookalikes, texts_of
 from state.user_shares import SHARES
 
-DEGRADED_S = 60.0
-"""The delay before a part counts as degraded; also that of the alert `SpringtideSharedAway`."""
 READ_S = 0.1
 """Interval between updates of the item sources, after the first request for items."""
 MORE_S = 0.005
@@ -159,11 +157,11 @@ class Host:
         require: Raises NotHeld if this host does not hold a user, by pseudonym; None if it holds all users.
         kernels: The kernels that this process compiles; None if answers do not wait for them.
         warm: Whether answers of each kind have been computed once to warm up.
-        others_compile: Whether a worker on the same port still compiles its kernels, and cannot answer.
+        others_wait: Whether a worker that is not prepared still accepts connections of the same port.
     """
 
     COLD = "the first answers are being prepared"
-    OTHERS = "another worker of this host compiles its kernels"
+    OTHERS = "another worker of this host, which is not prepared, still accepts connections"
 
     def __init__(
         self, settings: Settings, salt: Salt, now_ms: Callable[[], int], pseudonym: Callable[[str], int] | None = None
@@ -176,7 +174,7 @@ class Host:
         self.require: Callable[[int], None] | None = None if self.shares.is_all else self._require
         self.kernels: Kernels | None = None
         self.warm = True
-        self.others_compile: Callable[[], bool] = lambda: False
+        self.others_wait: Callable[[], bool] = lambda: False
         self._rows: RowStore | None = None
         self._histories: HistoryStore | None = None
         self._attributes: AttributeStore | None = None
@@ -221,6 +219,16 @@ class Host:
             self._sources = ItemSources(histories, self._rows)
         return self._sources
 
+    def answers(self) -> bool:
+        """Whether this worker can compute answers, however old: it has kernels, stores, a version and its program."""
+        try:
+            predictor = self.predictor()
+            with predictor.reading() as reader:
+                predictor.load_version(reader)
+        except SpringtideError:
+            return False
+        return True
+
     def missing(self) -> dict[str, str]:
         """Returns why this worker cannot answer, by part (histories, version, program); empty when ready.
 
@@ -250,15 +258,11 @@ class Host:
             missing = self._currency.older_than(max_age_s, self._now_ms()) | missing
         if not missing and not self.warm:
             return {"program": self.COLD}
-        return missing or ({"program": self.OTHERS} if self.others_compile() else {})
+        return missing or ({"program": self.OTHERS} if self.others_wait() else {})
 
     def degraded(self) -> dict[str, str]:
-        """Returns a message for each part (histories, version) that is more than `DEGRADED_S` behind."""
-        return {
-            part: f"what came in the last {age_s:.0f} s is not all taken up"
-            for part, age_s in self._currency.ages_s(self._now_ms()).items()
-            if age_s is not None and age_s > DEGRADED_S
-        }
+        """Returns why a part (histories, version) does not get updates; empty if both do."""
+        return self._currency.degraded(self._now_ms())
 
     def refused(self) -> tuple[int, str] | None:
         """Returns the newest version after the served one that failed its probe, with the reason; None without one."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from deploy.serving.answers.predictor import (
     item_rows,
 )
 from deploy.serving.answers.program import BATCHES, PAIRS, batch_of
-from deploy.serving.answers.query import Cap, NamedItem, Query, WantedItems, about_same, probability
+from deploy.serving.answers.query import Cap, Exclusion, NamedItem, Query, WantedItems, about_same, probability
 from deploy.serving.answers.version import ShownName, VersionRows
 from springtide_client.answers import (
     LeftOutItem,
@@ -383,7 +383,7 @@ def recommend(
 
     1. Rank the candidate categories with the version. A version with weights of the item score answers from its lists.
     2. Without them, or for a category with too few items, candidates are the most clicked items of each category, items
-       that the user clicked, and the items nearest to the user. A user without events gets the most clicked items.
+       that the user clicked, and the items nearest to the user. A user without clicks gets the most clicked items.
     3. Score the engagement with each item; add a bonus for items that the user clicked before.
 
     `query` has no item, and asks for all interests. `impressions` are the numbers of the actions that are no clicks
@@ -395,12 +395,14 @@ def recommend(
         outputs = prepared.version.predict(prepared.inputs)
         question = prepared.asked[0]
         events = predictor.events_by(question, prepared.mask)
+        clicks = clicks_in(events, impressions)
+        excluded = excluded_items(events, clicks, wanted.exclude)
         if prepared.version.item_weights is not None:
             category = None if wanted.category is None else public_id(wanted.category)
-            kind = UNSEEN if wanted.exclude_seen else ALL
-            order = scored(prepared, outputs, clicks_in(events, impressions), category, kind, sources.work)
-            if wanted.exclude_seen:
-                order = order[~np.isin(sources.work.items[order], events["item"])]
+            kind = UNSEEN if "clicked" in wanted.exclude else ALL
+            order = scored(prepared, outputs, clicks, category, kind, sources.work)
+            if len(excluded):
+                order = order[~np.isin(sources.work.items[order], excluded)]
             chosen = _chosen(predictor, order, sources.work, wanted)
             yield
             predictor.load_version(reader)
@@ -410,7 +412,7 @@ def recommend(
                 items = _recommended(predictor, UserPairs(predictor, prepared, outputs), chosen)
                 return about_same(Recommendations, answer, items=items)
         (answer,) = predictor.answered(prepared, outputs)
-        visits = visits_of(events["item"])
+        visits = visits_of(clicks["item"])
         # 2.
         pairs, parts = UserPairs(predictor, prepared, outputs), [np.empty(0, np.float32)]
         near: Sequence[int] = ()
@@ -422,7 +424,7 @@ def recommend(
             shares = {public_id(wanted.category): 1.0}
         reasons: dict[int, Reason] = dict.fromkeys(prepared.successors[0].tolist(), "next")
         reasons |= dict.fromkeys(question.recent_categories, "category")
-        proposals = candidates(sources.clicked, shares, reasons, wanted, visits, near)
+        proposals = candidates(sources.clicked, shares, reasons, wanted, visits, near, {*excluded.tolist()})
         ids = [(item, proposed.category) for item, proposed in proposals.items()]
         # 3.
         for piece in in_batches(ids):
@@ -432,7 +434,7 @@ def recommend(
             yield
         logits = np.concatenate(parts)
     items = []
-    # Engagement does not know popularity, which is the best order for a user without events.
+    # Engagement does not know popularity, which is the best order for a user without clicks.
     scores = logits + returning([visits.get(item, 0.0) for item in proposals]) if visits else -np.arange(len(logits))
     for row in np.argsort(-scores, kind="stable")[: wanted.most].tolist():
         name = predictor.catalogue.item_name(ids[row][0])
@@ -455,6 +457,19 @@ def clicks_in(events: Events, impressions: Sequence[int]) -> Events:
         (flags & POSITIVE != 0) | ((flags & LABELLED == 0) & ~np.isin(events["action"], impressions))
     ]
     return clicks
+
+
+def excluded_items(events: Events, clicks: Events, exclude: Collection[Exclusion]) -> U64:
+    """Returns the items to leave out of a list, `[n]` uint64. `clicks` are the events that count as clicks.
+
+    An item of a click and of an impression counts as clicked, not as shown.
+    """
+    items = [np.empty(0, np.uint64)]
+    if "clicked" in exclude:
+        items.append(clicks["item"])
+    if "shown" in exclude:
+        items.append(events["item"][~np.isin(events["item"], clicks["item"])])
+    return np.concatenate(items)
 
 
 class _Chosen(NamedTuple):
@@ -509,17 +524,20 @@ def candidates(
     wanted: WantedItems,
     visits: Mapping[int, float],
     near: Sequence[int],
+    excluded: Collection[int],
 ) -> dict[int, Proposed]:
-    """Generates at most `MOST_CANDIDATES` items, each with the reason.
+    """Generates at most `MOST_CANDIDATES` items that are not `excluded`, each with the reason.
 
     `shares` has the probability of each category to take candidates from, and `reasons` its reason, by default
     `popular`. `visits` is from `visits_of`, and `near` are the items nearest to the user.
     """
     if not visits and wanted.category is None:
-        return dict.fromkeys(clicked.best(None, wanted.most), Proposed("popular", 0))
+        best = (item for item in clicked.best(None, wanted.most + len(excluded)) if item not in excluded)
+        return dict.fromkeys(islice(best, wanted.most), Proposed("popular", 0))
     proposals = dict[int, Proposed]()
-    if wanted.category is None and not wanted.exclude_seen:
-        proposals = dict.fromkeys(islice(visits, SEEN_CANDIDATES), Proposed("again", 0))
+    if wanted.category is None:
+        own = (item for item in visits if item not in excluded)
+        proposals = dict.fromkeys(islice(own, SEEN_CANDIDATES), Proposed("again", 0))
     for category, share in sorted(shares.items(), key=lambda entry: -entry[1]):
         most = min(MOST_OF_CATEGORY, FEW + round(share * MOST_CANDIDATES)) if len(shares) > 1 else MOST_CANDIDATES
         proposed = Proposed(reasons.get(category, "popular"), category)
@@ -528,10 +546,11 @@ def candidates(
     proposals = dict(list(proposals.items())[: MOST_CANDIDATES - len(near)])
     for item in near:
         proposals.setdefault(item, Proposed("similar", 0))
-    if wanted.exclude_seen:
-        return {item: proposed for item, proposed in proposals.items() if item not in visits}
-    clicked_again = ((item, proposals[item]) for item in visits if item in proposals)
-    return proposals | {item: proposed._replace(reason="again") for item, proposed in clicked_again}
+    return {
+        item: proposed._replace(reason="again") if item in visits else proposed
+        for item, proposed in proposals.items()
+        if item not in excluded
+    }
 
 
 def visits_of(items: NDArray[np.uint64]) -> dict[int, float]:
@@ -564,10 +583,12 @@ def returning(visits: Sequence[float]) -> F32:
     )
 
 
-def similar(predictor: Predictor, near: NearItems, query: Query, wanted: WantedItems) -> SimilarItems:
+def similar(
+    predictor: Predictor, near: NearItems, query: Query, wanted: WantedItems, impressions: Sequence[int] = ()
+) -> SimilarItems:
     """Finds the items of any category with the largest dot product of the user's item query vector and the item's row.
 
-    Raises as `Predictor.profiles` does, and BadRequest if the version's model has no output `item_query`.
+    `impressions` are as for `recommend`. Raises as `Predictor.profiles` does, and BadRequest if the version's model has no output `item_query`.
     """
     with predictor.reading() as reader:
         prepared = predictor.prepare([query], reader)
@@ -581,9 +602,12 @@ def similar(predictor: Predictor, near: NearItems, query: Query, wanted: WantedI
                 http_status=501,
             )
         user = outputs["item_query"][0].copy()
-        seen = {*predictor.events_by(question, prepared.mask)["item"].tolist()} if wanted.exclude_seen else set[int]()
-        neighbours = near_to(near, user, prepared.rows, PROPOSED * wanted.most + len(seen))
-        questions = predictor.items_of(question, [(item, 0) for item in neighbours if item not in seen])
+        excluded = set[int]()
+        if wanted.exclude:
+            events = predictor.events_by(question, prepared.mask)
+            excluded.update(excluded_items(events, clicks_in(events, impressions), wanted.exclude).tolist())
+        neighbours = near_to(near, user, prepared.rows, PROPOSED * wanted.most + len(excluded))
+        questions = predictor.items_of(question, [(item, 0) for item in neighbours if item not in excluded])
         products = item_rows(prepared.rows, questions) @ user
     items = []
     for row in np.argsort(-products, kind="stable")[: wanted.most].tolist():

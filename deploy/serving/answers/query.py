@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import lru_cache
 from types import MappingProxyType
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -18,6 +18,9 @@ FIELDS = frozenset(("features", "vector", "attributes", "sources"))
 """Fields that an answer has only on request."""
 NOBODY = "\0"
 """A user id that no user has: the unknown user."""
+Exclusion = Literal["clicked", "shown"]
+"""Which of the user's items a list leaves out: those that the user clicked, or those that were only shown."""
+EXCLUSIONS: tuple[Exclusion, ...] = ("clicked", "shown")
 LATEST_MS = 253_402_300_799_000  # the end of the year 9999
 MOST_ITEMS = 1000
 """The maximum number of items to rank."""
@@ -71,13 +74,13 @@ class WantedItems(NamedTuple):
 
     Attributes:
         category: Only items of the category with this raw id.
-        exclude_seen: Whether to leave out items that the user clicked.
+        exclude: Which of the user's items to leave out.
         per_category: The maximum number of recommended items of one category, unless `category` is given; 0 for no limit.
     """
 
     most: int
     category: str | None = None
-    exclude_seen: bool = False
+    exclude: frozenset[Exclusion] = frozenset()
     per_category: int = 0
 
 

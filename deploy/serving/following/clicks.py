@@ -276,6 +276,7 @@ class HistoryFollower:
 
     Attributes:
         newest_ms: The store's event clock.
+        away: Whether no broker of the topic is reachable.
         caught_up: Whether the topic was ever read to its end.
         positions: By partition of the log, where the histories end.
         committed: Called with the events of each commit, after it.
@@ -296,6 +297,7 @@ class HistoryFollower:
         self._reach_ms, self._kept = self._spec.reach_ms(settings.events), settings.history
         self._metrics, self._now_ms = metrics, now_ms
         self._log: Follower | None = None
+        self.away = True
         self.positions: Mapping[int, int] = {}
         self._housekept_ms = 0
         self.committed: Callable[[Appends], None] = lambda appends: None
@@ -341,7 +343,7 @@ class HistoryFollower:
         # Set it now, not at the next poll, so that readers that wait for the histories do not see the old lag.
         self._metrics.microbatch_lag_records.set(opening.unread)
         self._metrics.history_epoch.set(self._line[-1].epoch)
-        self._metrics.log_away.set(0)
+        self._set_away(False)
         self.positions = dict(opening.next)
 
     def follow_branch(self, line: LogLine, mask: Mask, open_at: OpenAt) -> bool:
@@ -401,9 +403,13 @@ class HistoryFollower:
 
     def disconnect(self) -> None:
         """Closes the reader; `connect` continues where the histories end."""
-        self._metrics.log_away.set(1)
+        self._set_away(True)
         if self._log is not None:
             self._log.disconnect()
+
+    def _set_away(self, away: bool) -> None:
+        self.away = away
+        self._metrics.log_away.set(away)
 
     def step(self, timeout_s: float) -> int:
         """Applies what has arrived, waiting at most `timeout_s`; returns the number of records.
@@ -528,7 +534,7 @@ class HistoryFollower:
         assert self._log is not None, "connect first"
         lag = self._log.lag()
         self._metrics.microbatch_lag_records.set(lag)
-        self._metrics.log_away.set(not self._log.reader.reachable())
+        self._set_away(not self._log.reader.reachable())
         if not lag and not self.caught_up:
             self._store.commit(Appends.none(), (), {CAUGHT_UP_EXTRA: b"1"})
             self.caught_up = True

@@ -400,6 +400,9 @@ class VersionFollower:
         4. Move the pointer.
         """
         control = self._registry.control()
+        if self._generation and (control is None or control.generation == self._generation):
+            # Without it, a directory that is not mounted would look like a registry without anything new.
+            self._registry.generations.require(self._generation)
         if control is None:
             self._log_once("waiting for the first control generation; the trainer makes it")
             return False

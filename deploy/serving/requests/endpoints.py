@@ -15,6 +15,7 @@ import orjson
 from google.protobuf import json_format
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
+from google.protobuf.unknown_fields import UnknownFieldSet
 from msgspec import Meta
 from prometheus_client import CollectorRegistry
 
@@ -106,7 +107,8 @@ def profile_endpoints(answers: Answers) -> list[Endpoint]:
 
     async def nearest(user: str, parameters: NearParameters) -> responses.SimilarItems:
         near = answers.sources().near
-        return answers.counted(similar(host.predictor(), near, parameters.query(user), parameters.wanted()))
+        query, wanted = parameters.query(user), parameters.wanted()
+        return answers.counted(similar(host.predictor(), near, query, wanted, host.impressions))
 
     async def explanation(user: str, parameters: ExplanationParameters) -> responses.Explanation:
         return await answers.run(explain(host.predictor(), parameters.query(user), parameters.label))
@@ -211,7 +213,14 @@ def profile_service(endpoints: Sequence[Endpoint], router: Router | None) -> Ser
 
 
 def _fields_of(request: Message) -> dict[str, Any]:
-    """Converts a message to the names and values of HTTP; absent fields are left out, but for lists of messages."""
+    """Converts a message to the names and values of HTTP; absent fields are left out, but for lists of messages.
+
+    Raises:
+        BadRequest: A field is not one of this release, like an unknown parameter of HTTP.
+    """
+    for unknown in UnknownFieldSet(request):
+        problem = f"{request.DESCRIPTOR.name} has no field number {unknown.field_number}"
+        raise BadRequest(problem, f"send the fields of this release's {PACKAGE}: {_names(request)}")
     fields: dict[str, Any] = {_name(field): [] for field in request.DESCRIPTOR.fields if _is_list_of_messages(field)}
     for field, value in request.ListFields():
         name = _name(field)
@@ -226,6 +235,10 @@ def _fields_of(request: Message) -> dict[str, Any]:
         else:
             fields[name] = dict(value) if field.is_repeated else _fields_of(value)
     return fields
+
+
+def _names(request: Message) -> str:
+    return ", ".join(f"{field.name} = {field.number}" for field in request.DESCRIPTOR.fields)
 
 
 def _name(field: FieldDescriptor) -> str:
@@ -245,9 +258,8 @@ def _as_http(endpoint: Endpoint, fields: dict[str, Any], headers: Headers) -> Re
         body = msgspec.json.encode(fields)
     elif user := fields.pop("user_id", ""):
         context = {f"context.{name}": text for name, text in fields.pop("context", {}).items()}
-        if "fields" in fields:
-            fields["fields"] = ",".join(fields["fields"])
-        query = urlencode(fields | context)
+        texts = {name: ",".join(value) if isinstance(value, list) else value for name, value in fields.items()}
+        query = urlencode(texts | context)
     else:
         raise BadRequest("the request names no user_id", "name a user")
     path = endpoint.path.replace("{user_id}", quote(user, safe=""))
@@ -407,7 +419,7 @@ def health_endpoints(host: Host, registry: CollectorRegistry, draining: Callable
             METHODS,
             "/readyz",
             ready,
-            "Whether this worker can answer, and otherwise why not.",
+            "Whether this worker can answer, and otherwise why not; and what its answers get no updates of.",
             role=OPEN,
             returns=(responses.Readiness,),
             failures={**FAILED, 503: responses.Readiness},

@@ -9,7 +9,17 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from deploy.serving.answers.query import FIELDS, LATEST_MS, MOST_ITEMS, Cap, NamedItem, Query, WantedItems
+from deploy.serving.answers.query import (
+    EXCLUSIONS,
+    FIELDS,
+    LATEST_MS,
+    MOST_ITEMS,
+    Cap,
+    Exclusion,
+    NamedItem,
+    Query,
+    WantedItems,
+)
 from state.errors import BadRequest
 
 MOST_PROFILES = 1000
@@ -42,6 +52,14 @@ FieldsText = Annotated[
     Meta(
         description="Optional parts of the answer, separated by commas.",
         extra_json_schema={"pattern": f"^({_FIELD}(,{_FIELD})*)?$"},
+    ),
+]
+_EXCLUSION = f"({'|'.join(EXCLUSIONS)})"
+ExcludeText = Annotated[
+    str,
+    Meta(
+        description="Which items are left out, separated by commas: those that the user clicked, those only shown.",
+        extra_json_schema={"pattern": f"^({_EXCLUSION}(,{_EXCLUSION})*)?$"},
     ),
 ]
 Top = Annotated[int, Meta(ge=1, le=MOST_TOP, description="The most interests of an answer.")]
@@ -180,7 +198,7 @@ class NearParameters(_Given, frozen=True):
     """The parameters of similar items."""
 
     n: Annotated[int, Meta(ge=1, le=MOST_RECOMMENDED, description="How many items at most.")] = 20
-    exclude_seen: Annotated[bool, Meta(description="Whether items that the user clicked are left out.")] = False
+    exclude: ExcludeText | None = None
     at: AtText | None = None
     context: ContextTexts = {}
 
@@ -189,8 +207,8 @@ class NearParameters(_Given, frozen=True):
         return Query(user, context=self.context, at_ms=_time_ms(self.at), fields=LEAN, top=0)
 
     def wanted(self) -> WantedItems:
-        """Returns which items are requested."""
-        return WantedItems(self.n, None, self.exclude_seen)
+        """Returns which items are requested; raises BadRequest if `exclude` names something unknown."""
+        return WantedItems(self.n, None, exclusions_of(self.exclude))
 
 
 class RecommendationParameters(NearParameters, frozen=True):
@@ -203,12 +221,12 @@ class RecommendationParameters(NearParameters, frozen=True):
         return NearParameters.query(self, user)._replace(top=None)
 
     def wanted(self) -> WantedItems:
-        """Returns which items are requested.
+        """Returns which items are requested; raises BadRequest if `exclude` names something unknown.
 
-        >>> RecommendationParameters(n=3, exclude_seen=True).wanted()
-        WantedItems(most=3, category=None, exclude_seen=True, per_category=0)
+        >>> RecommendationParameters(n=3, exclude="clicked").wanted()
+        WantedItems(most=3, category=None, exclude=frozenset({'clicked'}), per_category=0)
         """
-        return WantedItems(self.n, self.category, self.exclude_seen)
+        return NearParameters.wanted(self)._replace(category=self.category)
 
 
 def time_ms(written: str | int, where: str = "at") -> int:
@@ -249,6 +267,20 @@ def fields_of(names: list[str]) -> frozenset[str]:
             listed = ", ".join(sorted(FIELDS))
             raise BadRequest(f"there is no field {name[:_SHOWN]!r}", f"ask for some of {listed}", "fields")
     return frozenset(names)
+
+
+def exclusions_of(text: str | None) -> frozenset[Exclusion]:
+    """Returns which items to leave out; raises BadRequest if the text names something unknown.
+
+    >>> sorted(exclusions_of("shown,clicked")), exclusions_of(None)
+    (['clicked', 'shown'], frozenset())
+    """
+    names = text.split(",") if text else ()
+    for name in names:
+        if name not in EXCLUSIONS:
+            do = f"exclude {' or '.join(EXCLUSIONS)}, or both: {','.join(EXCLUSIONS)}"
+            raise BadRequest(f"{name[:_SHOWN]!r} cannot be excluded", do, "exclude")
+    return frozenset(exclusion for exclusion in EXCLUSIONS if exclusion in names)
 
 
 def _time_ms(written: str | int | None, where: str = "at") -> int | None:

@@ -21,7 +21,7 @@ import logging
 import signal
 import socket
 import ssl
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import count
@@ -34,6 +34,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from deploy.serving.requests.access import Access
 from deploy.serving.requests.http import JSON, LAST, Response, answer, failure
+from deploy.serving.requests.rotation import Rotation
 from state.errors import BadRequest, Forbidden, Overloaded, PortTaken, SpringtideError
 
 if TYPE_CHECKING:
@@ -436,10 +437,11 @@ class Application(Protocol):
 
 
 class DrainingServer(uvicorn.Server):
-    """The HTTP server of a worker.
+    """The HTTP server of a worker, and its gRPC server.
 
-    Connections are still accepted for `drain_s` after a signal. `ready` is called once they are accepted. `grpc`
-    makes the gRPC server in the event loop.
+    Connections are accepted while `rotation` says so, and for `drain_s` after a signal. `started` is called once the
+    event loop runs, and `opened` each time that connections are accepted from then on. `grpc` makes a gRPC server in
+    the event loop.
     """
 
     def __init__(
@@ -447,9 +449,11 @@ class DrainingServer(uvicorn.Server):
         app: Application,
         limits: ConnectionLimits,
         drain_s: float,
-        ready: Callable[[], None] = lambda: None,
+        started: Callable[[], None] = lambda: None,
+        opened: Callable[[], None] = lambda: None,
         grpc: Callable[[], GrpcServer] | None = None,
         access: Access | None = None,
+        rotation: Rotation | None = None,
     ) -> None:
         config = uvicorn.Config(
             cast(Any, app),
@@ -466,9 +470,12 @@ class DrainingServer(uvicorn.Server):
             timeout_keep_alive=IDLE_S,
         )
         super().__init__(config)
-        self._app, self._limits, self._drain_s, self._ready = app, limits, drain_s, ready
-        self._make_grpc, self._access = grpc, access or Access()
+        self._app, self._limits, self._drain_s = app, limits, drain_s
+        self._say_started, self._say_opened = started, opened
+        self._make_grpc, self._access, self._rotation = grpc, access or Access(), rotation or Rotation()
         self._grpc: GrpcServer | None = None
+        self._bound: Sequence[socket.socket] = ()
+        self._is_open = False
 
     def end_on_signals(self) -> None:
         """Lets SIGTERM and SIGINT start the shutdown from now on, not only once the server runs.
@@ -484,17 +491,45 @@ class DrainingServer(uvicorn.Server):
             signal.signal(number, end)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Accepts connections."""
+        """Accepts connections, if this worker is in rotation."""
+        self._bound, self.servers = sockets or (), []
+        await self._rotate()
+        self.started = True
+        self._say_started()
+
+    async def _rotate(self) -> None:
+        """Accepts connections or not, as the rotation says."""
+        if not self._rotation.accepts:
+            await self._close()
+        elif not self._is_open and self._rotation.open():
+            await self._open()
+
+    async def _open(self) -> None:
+        self._is_open = True
         if self._make_grpc is not None:
             self._grpc = self._make_grpc()
             await self._grpc.start()
         tls = None if self._access.certificate is None else self._access.certificate.context
-        self.servers = cast(Any, [Acceptor(bound, BACKLOG, self._connection, tls) for bound in sockets or []])
-        self.started = True
-        self._ready()
+        self.servers = cast(Any, [Acceptor(bound, BACKLOG, self._connection, tls) for bound in self._bound])
+        self._say_opened()
+
+    async def _close(self) -> None:
+        """Accepts no more connections. Those without a request are closed, the others after their answer."""
+        for server in self.servers:
+            server.close()
+        # Again at each call: the last connection that was accepted may have opened late.
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
+        if self._is_open:
+            self._is_open, self.servers = False, []
+            if self._grpc is not None:
+                await self._grpc.stop(0.0)
+                self._grpc = None
+            self._rotation.closed()
 
     async def on_tick(self, counter: int) -> bool:
-        """Checks connections and access files once a second; called every `TICK_S`."""
+        """Checks the rotation, and once a second connections and access files; called every `TICK_S`."""
+        await self._rotate()
         if counter % 10 == 0:
             now_s = asyncio.get_running_loop().time()
             for connection in list(self.server_state.connections):
@@ -521,6 +556,7 @@ class DrainingServer(uvicorn.Server):
             await self.on_tick(turn)
             await asyncio.sleep(TICK_S)
         # 2. The rest is answered.
+        self._rotation.closed()
         ending = [super().shutdown(sockets), *([self._grpc.stop(GRACE_S)] if self._grpc is not None else [])]
         await asyncio.gather(*ending)
 

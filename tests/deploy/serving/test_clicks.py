@@ -15,10 +15,11 @@ from prometheus_client import CollectorRegistry
 
 from deploy.serving.applier import LogCheck
 from deploy.serving.following.clicks import HistoryFollower
-from deploy.serving.host_files import CAUGHT_UP_EXTRA, CLICKS, CLOCK_EXTRA, NOTE_MS, VERSIONS, Currency
+from deploy.serving.host_files import CAUGHT_UP_EXTRA, CLICKS, CLOCK_EXTRA, VERSIONS, Currency
 from state.config.sections import Events as EventSettings
 from state.config.sections import Paths
 from state.config.settings import Settings
+from state.disk.files import Progress
 from state.errors import SaltMismatch
 from state.history.appends import Appends, events_of
 from state.history.store import HistoryStore
@@ -266,8 +267,8 @@ def test_a_moment_is_noted_at_most_once_a_second_whatever_the_clock_does(tmp_pat
         return path.stat().st_mtime_ns // 1_000_000
 
     assert noted_ms(NOW_MS) == NOW_MS
-    assert noted_ms(NOW_MS + NOTE_MS - 1) == NOW_MS
-    assert noted_ms(NOW_MS + NOTE_MS) == NOW_MS + NOTE_MS
+    assert noted_ms(NOW_MS + Progress.NOTE_MS - 1) == NOW_MS
+    assert noted_ms(NOW_MS + Progress.NOTE_MS) == NOW_MS + Progress.NOTE_MS
     assert noted_ms(NOW_MS - 5_000) == NOW_MS - 5_000
 
 
@@ -284,6 +285,32 @@ def test_what_is_missed_for_a_minute_is_degraded_and_still_ready(stores: Stores)
     found = ask(app, "GET", "/readyz")
     assert found.status_code == 200 and found.json()["ready"]
     assert found.json()["degraded"] == {VERSIONS: "what came in the last 75 s is not all taken up"}
+    app.close()
+
+
+def test_a_known_problem_is_degraded_at_once_until_it_is_over(stores: Stores) -> None:
+    """A host that never took anything up has no age; the time of the last success stays through a problem."""
+    now = [NOW_MS]
+    app = app_of(stores, lambda: now[0])
+    applier = Currency(stores.settings.serving_dir)
+    applier.note(VERSIONS, NOW_MS)
+    applier.fail(CLICKS, "no broker is reachable")
+    applier.fail(VERSIONS, "the registry is a plaice \udcff, not a place")
+    now[0] += 61_000
+    found = ask(app, "GET", "/readyz")
+    assert found.status_code == 200 and found.json()["ready"]
+    assert found.json()["degraded"] == {
+        VERSIONS: "the registry is a plaice ?, not a place; what came in the last 61 s is not all taken up",
+        CLICKS: "no broker is reachable",
+    }
+    # A problem outlives the applier that had it, and the next one ends it.
+    applier = Currency(stores.settings.serving_dir)
+    applier.fail(VERSIONS, "")
+    applier.note(CLICKS, now[0])
+    late = {VERSIONS: "what came in the last 61 s is not all taken up"}
+    assert ask(app, "GET", "/readyz").json()["degraded"] == late
+    applier.note(VERSIONS, now[0])
+    assert "degraded" not in ask(app, "GET", "/readyz").json()
     app.close()
 
 

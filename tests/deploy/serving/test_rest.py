@@ -10,13 +10,16 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import grpc
 import httpx
 import psutil
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
@@ -27,6 +30,7 @@ from deploy.serving.requests.server import ConnectionLimits, DrainingServer
 from deploy.serving.rest import COUNTER_BYTES, KINDS, App, make_counters
 from deploy.watch import scrape
 from state.events.identity import Salt
+from state.layout import PROGRAMS
 from state.process.network import free_port
 from tests import forked
 from tests.deploy.serving.stocked import NOW_MS, SALT_KEY, Stores, digest_of, manifest, tensors
@@ -34,7 +38,12 @@ from tests.deploy.serving.stocked import NOW_MS, SALT_KEY, Stores, digest_of, ma
 
 @contextmanager
 def worker(
-    stores: Stores, port: int, workers: int = 1, grpc_port: int = 0, **more: str
+    stores: Stores,
+    port: int,
+    workers: int = 1,
+    grpc_port: int = 0,
+    popen: Callable[..., subprocess.Popen[str]] = forked.Popen,
+    **more: str,
 ) -> Iterator[subprocess.Popen[str]]:
     given = {
         "port": str(port), "workers": str(workers), "grpc_port": str(grpc_port), "drain_s": "0",
@@ -43,7 +52,7 @@ def worker(
     } | more  # fmt: skip
     environment = os.environ | {f"SPRINGTIDE_SERVING_{name.upper()}": value for name, value in given.items()}
     environment["SPRINGTIDE_PATHS_STATE"] = stores.settings.paths.state
-    process = forked.Popen(
+    process = popen(
         [sys.executable, "-m", "deploy.serving.rest"],
         env=environment,
         stderr=subprocess.PIPE,
@@ -235,8 +244,6 @@ def test_a_worker_that_ends_or_is_killed_is_replaced_and_the_other_goes_on(store
     with worker(stores, port, workers=2, drain_s="3") as process:
         until(lambda: answers(port, "/readyz"))
         until(lambda: counted(port, STARTS) == 2)
-        # Both of them: either takes a connection while it still prepares itself.
-        until(lambda: all(answers(port, "/readyz") for _ in range(OTHERS)))
         # 1. One drains under fire, and its successor takes up its connections and counters.
         with Fire(port) as fire:
             until(lambda: fire.answered > 20)
@@ -263,6 +270,59 @@ def test_a_worker_that_ends_or_is_killed_is_replaced_and_the_other_goes_on(store
         process.send_signal(signal.SIGTERM)
         _, log = process.communicate(timeout=60)
     assert process.returncode == 0 and log.count("starting it again") == 2, log
+
+
+def test_a_slow_worker_refuses_no_request_that_another_one_answers(stores: Stores) -> None:
+    """Nor does it delay readiness: until it is prepared it accepts no connection, over HTTP or gRPC."""
+    port, grpc_port = free_port(), free_port()
+    with worker(stores, port, 2, grpc_port) as process:
+        until(lambda: len(children(process)) == 2)
+        slow = children(process)[1]
+        # It still imports its modules. From here on it is as slow as a compiler may be.
+        slow.suspend()
+        until(lambda: answers(port, "/readyz"))
+        slow.resume()
+        statuses, over = Counter[object](), threading.Event()
+
+        def ask() -> None:
+            while not over.is_set():
+                statuses.update(
+                    scrape.fetch(f"http://127.0.0.1:{port}{path}")[0] for path in ("/readyz", "/v1/profiles/ann")
+                )
+                # Each channel without those that other channels share is a connection of its own.
+                options = [("grpc.use_local_subchannel_pool", 1)]
+                with grpc.insecure_channel(f"127.0.0.1:{grpc_port}", options=options) as channel:
+                    stub = health_pb2_grpc.HealthStub(channel)
+                    statuses[stub.Check(health_pb2.HealthCheckRequest(), timeout=60).status] += 1
+
+        threads = [threading.Thread(target=ask) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        try:
+            until(lambda: counted(port, STARTS) == 2)
+            before = statuses.total()
+            until(lambda: statuses.total() > before + 3 * OTHERS)
+        finally:
+            over.set()
+            for thread in threads:
+                thread.join()
+        assert statuses.keys() == {200, health_pb2.HealthCheckResponse.SERVING}
+
+
+def test_workers_that_wait_for_a_version_answer_health_checks_and_none_refuses_once_one_is_ready(
+    stores: Stores,
+) -> None:
+    port = free_port()
+    program = stores.settings.serving_dir / PROGRAMS / f"{digest_of(stores.lowered)}.tflite"
+    away = program.rename(program.with_name("away"))
+    with worker(stores, port, workers=2):
+        until(lambda: counted(port, STARTS) == 2 if answers(port, "/healthz") else False)
+        until(lambda: "compiling" not in scrape.fetch(f"http://127.0.0.1:{port}/readyz")[1])
+        assert all(answers(port, "/healthz") and not answers(port, "/readyz") for _ in range(OTHERS))
+        assert scrape.fetch(f"http://127.0.0.1:{port}/v1/profiles/ann")[0] == 503
+        away.rename(program)
+        until(lambda: answers(port, "/readyz"))
+        assert all(answers(port, "/readyz") and answers(port, "/v1/profiles/ann") for _ in range(3 * OTHERS))
 
 
 @pytest.mark.parametrize("count", [1, 3])

@@ -227,7 +227,7 @@ CALLS: Mapping[str, Callable[[str], tuple[str, Mapping[str, Any]]]] = {
     "BatchGetProfiles": lambda _: ("BatchGetProfilesResponse", {"questions": [{"user_id": user, "at_ms": NOW_MS} for user in USERS]}),
     "Explain": lambda user: ("Explanation", {"question": {"user_id": user, "item": "i1", "at_ms": NOW_MS}}),
     "Rank": lambda user: ("RankResponse", {"user_id": user, "items": [{"item": "i1", "bid": 2.0}, {"item": "i2", "bid": 1.0}], "at_ms": NOW_MS}),
-    "Recommend": lambda user: ("RecommendResponse", {"user_id": user, "exclude_seen": True, "at_ms": NOW_MS}),
+    "Recommend": lambda user: ("RecommendResponse", {"user_id": user, "exclude": ["shown", "clicked"], "at_ms": NOW_MS}),
     "Similar": lambda user: ("SimilarResponse", {"user_id": user, "n": 1, "at_ms": NOW_MS}),
 }  # fmt: skip
 

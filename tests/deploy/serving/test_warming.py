@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import logging
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -15,6 +18,8 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from deploy.serving.answers.host import Host
+from deploy.serving.host_files import CLICKS, VERSIONS
+from deploy.serving.requests.rotation import Rotation
 from deploy.serving.rest import Warming
 from deploy.watch.scrape import Scrape, parsed
 from state.errors import NotReady
@@ -91,7 +96,8 @@ def test_a_worker_with_an_empty_kernel_cache_answers_health_checks_and_is_not_re
 ) -> None:
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "kernels"))
     port = free_port()
-    with worker(stores, port):
+    # Not forked: Numba reads the variable when it is imported.
+    with worker(stores, port, popen=subprocess.Popen):
         until(lambda: answers(port, "/healthz"))
         url, waited_s, compiling = f"http://127.0.0.1:{port}", [], 0
         while (ready := httpx.get(f"{url}/readyz", timeout=60.0)).status_code != 200:
@@ -131,15 +137,39 @@ def test_questions_wait_for_no_compiler(stores: Stores) -> None:
     host.close()
 
 
-def test_no_worker_is_ready_while_another_one_on_its_port_compiles(stores: Stores) -> None:
+def test_a_worker_is_ready_once_no_other_one_accepts_connections_unprepared(stores: Stores) -> None:
     stores.close()
-    host = Host(stores.settings, Salt(SALT_KEY), now_ms=lambda: NOW_MS)
-    compiled = [False, False]
-    host.others_compile = lambda: not all(compiled)
-    warming = Warming(host, Kernels(CollectorRegistry(), logging.getLogger()), lambda: compiled.__setitem__(0, True))
-    warming.prepare()
-    assert compiled[0] and host.warm
+    host, states = Host(stores.settings, Salt(SALT_KEY), now_ms=lambda: NOW_MS), (ctypes.c_ubyte * 2)()
+    first, second = Rotation(states, 0), Rotation(states, 1)
+    host.others_wait = lambda: not first.is_settled
+    for rotation in (first, second):
+        assert rotation.open()
+    prepare(host, first.prepare)
     assert host.missing() == {"program": Host.OTHERS}
-    compiled[1] = True
+    assert first.accepts and not second.accepts
+    second.closed()
     assert host.missing() == {}
+    assert not second.open() and first.is_settled
+    # Where the prepared one dies, somebody has to answer health checks.
+    first.closed()
+    assert second.accepts
     host.close()
+
+
+def test_a_worker_whose_host_is_behind_is_prepared_for_what_it_can_answer(stores: Stores) -> None:
+    """Else a worker that is replaced during an outage would stay out of rotation until its end."""
+    stores.close()
+    settings = replace(stores.settings, serving=replace(stores.settings.serving, max_age_s=30.0))
+    host, rotation = Host(settings, Salt(SALT_KEY), now_ms=lambda: NOW_MS), Rotation()
+    prepare(host, rotation.prepare)
+    assert host.warm and host.missing().keys() == {VERSIONS, CLICKS}
+    host.close()
+
+
+def prepare(host: Host, prepared: Callable[[], object]) -> None:
+    async def run() -> None:
+        Warming(host, Kernels(CollectorRegistry(), logging.getLogger()), prepared).start()
+        while not host.warm:
+            await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(run(), 120.0))

@@ -360,6 +360,8 @@ UP = {"worker": 1.0}
         ({"trainer_workers": {"0": 0.1, "1": 0.3}}, "nothing is wrong"),
         ({"trainer_workers": {"0": 0.1, "1": 0.31}}, "worker 1 slows the trainer, another one waits 21% of the time"),
         ({"refused": 17.0}, "version 17 is refused"),
+        ({"degraded": ["version"]}, "serving gets no new versions"),
+        ({"degraded": ["histories"]}, "nothing is wrong"),
     ],
 )
 def test_each_problem_is_reported_from_its_bound_on(figures: dict[str, Any], words: str) -> None:

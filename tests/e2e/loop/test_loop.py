@@ -34,6 +34,7 @@ def test_the_first_answer_comes_while_up_says_each_step(loop: Loop) -> None:
     assert steps[:9] == [f"{number}/9" for number in range(1, 10)]
     assert "curl -s http://127.0.0.1:" in said
     assert loop.get("/readyz")[0] == 200
+    until(lambda: "degraded" not in loop.get("/readyz")[1], "/readyz lists parts without updates")
     assert loop.get("/healthz")[0] == 200
 
 

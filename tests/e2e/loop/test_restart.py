@@ -104,6 +104,9 @@ def test_a_second_start_answers_before_its_kafka_is_up_and_goes_on(loop: Loop) -
         assert early["version"]["age_s"] > 0 and early["at_ms"] >= before["at_ms"]
         assert early["features"]["purchase.count_7d"] == 7
         assert loop.get("/readyz")[0] == 200
+        until(
+            lambda: "histories" in loop.get("/readyz")[1].get("degraded", {}), "/readyz does not say that Kafka is away"
+        )
         assert "  Kafka  " not in loop.said_since_start()
         assert [loop.pid(part) for part in ("shoppers", "stream", "trainer")] == [None, None, None]
     finally:
@@ -112,6 +115,7 @@ def test_a_second_start_answers_before_its_kafka_is_up_and_goes_on(loop: Loop) -
     # 2. It goes on: same registry, same positions, no second bootstrap.
     loop.wait_until_up()
     assert "done by an earlier run" in loop.said_since_start()
+    until(lambda: "degraded" not in loop.get("/readyz")[1], "/readyz does not say that Kafka is back")
     after = loop.answer_trained_on(user, ends, led_by("outdoors"), counting("purchase.count_7d", 7))
     assert after["version"]["number"] >= early["version"]["number"]
     assert after["version"]["epoch"] == before["version"]["epoch"]

@@ -241,6 +241,8 @@ def test_answers_are_those_of_http_and_what_is_wrong_is_an_invalid_argument(stor
         items = call(channel, "Recommend", of("RecommendRequest")(user_id="ann", n=5), "RecommendResponse").items
         assert {f"{public_id(item):016x}" for item in ("i1", "i2")} <= {each.id for each in items}
         assert {each.reason for each in items} >= {"again"}
+        new = of("RecommendRequest")(user_id="ann", exclude=["clicked", "shown"])
+        assert "again" not in {each.reason for each in call(channel, "Recommend", new, "RecommendResponse").items}
         # 4. Why.
         question = {"user_id": "ann", "item": "i1", "at_ms": 1_800_000_000_000}
         why = call(channel, "Explain", of("ExplainRequest")(question=question, top=3), "Explanation")
@@ -273,6 +275,9 @@ def test_answers_are_those_of_http_and_what_is_wrong_is_an_invalid_argument(stor
             ("Rank", of("RankRequest")(user_id="ann", items=[{"item": "a", "bid": -1.0}]), "items/0/bid: expected"),
             ("Rank", of("RankRequest")(user_id="ann", items=[{"item": "a", "cap": {"count": 1}}]), "within_s"),
             ("Recommend", of("RecommendRequest")(user_id="ann", n=101), "n: expected"),
+            ("Recommend", of("RecommendRequest")(user_id="ann", exclude=["seen"]), "'seen' cannot be excluded"),
+            # `exclude_seen` of 0.2.0: ignored, it would mean another list than the one that was asked for.
+            ("Recommend", of("RecommendRequest").FromString(b"\n\x03ann\x20\x01"), "no field number 4"),
             ("Explain", of("ExplainRequest")(question={"user_id": "ann"}, label="tractors"), "tractors"),
             ("Similar", of("SimilarRequest")(user_id="ann", n=0), "n: expected"),
         ]

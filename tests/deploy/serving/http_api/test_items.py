@@ -78,8 +78,10 @@ def test_items_are_recommended_to_a_user(app: App) -> None:
     assert all(list(one) == ["item", "id", "category", "probability", "reason"] for one in answer["items"])
     again = {one["id"] for one in answer["items"] if one["reason"] == "again"}
     assert again == {f"{public_id(item):016x}" for item in ("i1", "i2")}
-    others = ask(app, "GET", "/v1/recommendations/ann?exclude_seen=true").json()["items"]
-    assert not again & {one["id"] for one in others}
+    for exclude in ("clicked", "shown,clicked"):
+        others = ask(app, "GET", f"/v1/recommendations/ann?exclude={exclude}").json()["items"]
+        assert not again & {one["id"] for one in others}
+    assert again <= {one["id"] for one in ask(app, "GET", "/v1/recommendations/ann?exclude=shown").json()["items"]}
     assert len(ask(app, "GET", "/v1/recommendations/ann?n=1").json()["items"]) == 1
 
 
@@ -91,12 +93,16 @@ def test_the_items_nearest_to_a_user_are_answered(app: App) -> None:
     assert list(answer) == ["user_id", "known", "cold_start", "version", "at", "at_ms", "clock", "items"]
     assert [list(one) for one in items] == [["item", "id", "category", "similarity"]]
     assert (items[0]["id"], items[0]["category"]) == (f"{public_id('i1'):016x}", "hats")
-    assert ask(app, "GET", "/v1/similar/ann?exclude_seen=true").json()["items"] == []
+    assert ask(app, "GET", "/v1/similar/ann?exclude=clicked").json()["items"] == []
     assert ask(app, "GET", "/v1/similar/nobody").json()["cold_start"]
 
 
 @pytest.mark.parametrize("path", ["recommendations", "similar"])
-@pytest.mark.parametrize("query", ["n=0", "n=101", "n=x", "exclude_seen=perhaps", "at=soon"])
+@pytest.mark.parametrize(
+    "query", ["n=0", "n=101", "n=x", "exclude=seen", "exclude=clicked,", "exclude_seen=true", "at=soon"]
+)
 def test_what_cannot_be_recommended_is_refused(app: App, path: str, query: str) -> None:
     response = ask(app, "GET", f"/v1/{path}/ann?{query}")
-    assert response.status_code == 400 and query.split("=")[0] in response.json()["error"] and response.json()["do"]
+    found = response.json()
+    assert response.status_code == 400 and query.split("=")[0] in found["where"] and found["error"] and found["do"]
+    assert not query.startswith("exclude") or "exclude" in found["do"]

@@ -9,7 +9,7 @@ import pytest
 
 from deploy.serving.answers.item_index import ItemSources
 from deploy.serving.answers.items import recommend, similar, visits_of
-from deploy.serving.answers.query import Query, WantedItems
+from deploy.serving.answers.query import EXCLUSIONS, Exclusion, Query, WantedItems
 from deploy.serving.answers.queue import finished
 from deploy.serving.following.clicks import Remembered
 from state.config.settings import Settings
@@ -26,6 +26,10 @@ from tests.trainer.engine.test_item_ranking import count
 from trainer.engine.item_ranking import ItemRanking
 
 HOUR_MS = 3_600_000
+CLICKED_ONES, SHOWN_ONES = frozenset[Exclusion](["clicked"]), frozenset[Exclusion](["shown"])
+BOTH = frozenset(EXCLUSIONS)
+CLICK, SHOW = 0, 1
+"""Numbers of the actions of events; the second is an impression."""
 
 
 def name(item: str) -> str:
@@ -39,11 +43,18 @@ def click(stores: Stores, *rows: tuple[str, str, int], log_ms: int = NOW_MS) -> 
     stores.histories.commit(Appends.of(np.arange(1, 1 + len(events), dtype=np.uint64), events), (), extra)
 
 
+def show(stores: Stores, user: str, *items: str) -> None:
+    """Impressions of items, one each, newer than the user's clicks."""
+    events = clicks([("tea", item, 3_000 - number) for number, item in enumerate(items)], first_offset=3000)
+    events["action"] = SHOW
+    stores.histories.commit(Appends.of(np.full(len(items), user_id(SALT, user), np.uint64), events), (), {})
+
+
 def recommended(stores: Stores, user: str, wanted: WantedItems, sources: ItemSources | None = None) -> Any:
     sources = sources or ItemSources(stores.histories, stores.rows)
     while sources.read_more():
         pass
-    return finished(recommend(predictor(stores), sources, Query(user), wanted))
+    return finished(recommend(predictor(stores), sources, Query(user), wanted, [SHOW]))
 
 
 def test_items_come_from_categories_and_clicks_by_the_models_scores(stores: Stores) -> None:
@@ -69,13 +80,13 @@ def test_items_come_from_categories_and_clicks_by_the_models_scores(stores: Stor
 
 def test_what_the_user_clicked_is_left_out_where_asked_and_a_category_is_all_there_is(stores: Stores) -> None:
     click(stores, ("hats", "hat-1", 10_000), ("hats", "i1", 10_000), ("shoes", "shoe-1", 10_000))
-    found = recommended(stores, "ann", WantedItems(100, exclude_seen=True))
+    found = recommended(stores, "ann", WantedItems(100, exclude=CLICKED_ONES))
     assert {one.id for one in found.items} == {name("hat-1"), name("shoe-1")}
     assert {one.id for one in recommended(stores, "ann", WantedItems(9, "hats")).items} == {
         name("hat-1"),
         name("i1"),
     }
-    assert [one.id for one in recommended(stores, "ann", WantedItems(9, "hats", True)).items] == [name("hat-1")]
+    assert [one.id for one in recommended(stores, "ann", WantedItems(9, "hats", CLICKED_ONES)).items] == [name("hat-1")]
     assert not recommended(stores, "ann", WantedItems(9, "no such category")).items
 
 
@@ -151,7 +162,7 @@ def test_what_the_user_clicked_is_left_out_where_that_is_asked_for(stores: Store
     sources = item_sources(stores)
     every = similar(predictor(stores), sources.near, Query("ann"), WantedItems(100))
     seen = f"{public_id('i1'):016x}"
-    without = similar(predictor(stores), sources.near, Query("ann"), WantedItems(100, exclude_seen=True))
+    without = similar(predictor(stores), sources.near, Query("ann"), WantedItems(100, exclude=CLICKED_ONES))
     assert len(every.items) == len(without.items) == 100 and seen not in {one.id for one in without.items}
 
 
@@ -206,7 +217,7 @@ def serve(stores: Stores, ranking: ItemRanking, weights: Any) -> None:
 
 def recommended_items(stores: Stores, user: str, wanted: WantedItems) -> list[Any]:
     sources = ItemSources(stores.histories, stores.rows)
-    return finished(recommend(predictor(stores), sources, Query(user, at_ms=NOW_MS), wanted)).items
+    return finished(recommend(predictor(stores), sources, Query(user, at_ms=NOW_MS), wanted, [SHOW])).items
 
 
 def test_serving_scores_what_the_trainer_scores(stores: Stores) -> None:
@@ -228,7 +239,8 @@ def test_serving_scores_what_the_trainer_scores(stores: Stores) -> None:
         order = np.argsort(-work.scores[:size], kind="stable")
         order = order[(work.own[order] == 0) | (kind == ALL)]
         wanted = [f"{item:016x}" for item in work.items[order].tolist()]
-        found = [one.id for one in recommended_items(stores, "ann", WantedItems(100, exclude_seen=kind == UNSEEN))]
+        wanted_items = WantedItems(100, exclude=CLICKED_ONES if kind == UNSEEN else frozenset())
+        found = [one.id for one in recommended_items(stores, "ann", wanted_items)]
         assert len(wanted) > 6 and found == wanted
     item_scores.clear(size, work)
 
@@ -237,7 +249,7 @@ def test_each_item_has_its_reason_and_what_was_seen_can_be_left_out(stores: Stor
     serve(stores, learned(stores), first_weights())
     reasons = {one.id: one.reason for one in recommended_items(stores, "ann", WantedItems(100))}
     assert reasons[name("i1")] == reasons[name("i2")] == "again" and reasons[name("after-i2")] == "next"
-    unseen = {one.id for one in recommended_items(stores, "ann", WantedItems(100, exclude_seen=True))}
+    unseen = {one.id for one in recommended_items(stores, "ann", WantedItems(100, exclude=CLICKED_ONES))}
     assert unseen == {*reasons} - {name("i1"), name("i2")}
     of_tea = {one.id for one in recommended_items(stores, "ann", WantedItems(3, "tea"))}
     assert len(of_tea) == 3 and of_tea <= {name(f"tea-{n}") for n in range(5)}
@@ -254,6 +266,52 @@ def test_impressions_without_a_click_are_not_own_items(stores: Stores) -> None:
     stores.histories.commit(Appends.of(ann, shown), (), {})
     reasons = {one.id: one.reason for one in recommended_items(stores, "ann", WantedItems(100))}
     assert reasons[name("tea-0")] != "again" and reasons[name("i2")] == "again"
+
+
+@pytest.mark.parametrize("scored", [True, False])
+def test_impressions_are_left_out_only_where_that_is_asked_for(stores: Stores, scored: bool) -> None:
+    """Nearly every item of the list was shown to the user, who clicked two; one of these was shown as well."""
+    serve(stores, learned(stores), first_weights() if scored else first_weights()[ALL])
+    all_of_them = {one.id for one in recommended(stores, "ann", WantedItems(100)).items}
+    own = {name("i1"), name("i2")}
+    new = "tea-4"
+    shown = [f"{category}-{n}" for category in ("hats", "tea") for n in range(4)]
+    assert all_of_them >= own | {name(item) for item in (*shown, new)}
+    show(stores, "ann", *shown, "i2")
+    shown_only = {name(item) for item in shown}
+    for exclude, left_out in ((CLICKED_ONES, own), (SHOWN_ONES, shown_only), (BOTH, own | shown_only)):
+        found = {one.id: one.reason for one in recommended(stores, "ann", WantedItems(100, exclude=exclude)).items}
+        assert found.keys() == all_of_them - left_out
+        assert {item for item, reason in found.items() if reason == "again"} == own - left_out
+    in_category = recommended(stores, "ann", WantedItems(100, "tea", SHOWN_ONES)).items
+    assert name(new) in {one.id for one in in_category} and not shown_only & {one.id for one in in_category}
+
+
+def test_a_user_of_impressions_alone_gets_the_most_clicked_items_that_were_not_shown(stores: Stores) -> None:
+    click(stores, *[("salt", "salt-1", 10_000)] * 4, ("tea", "tea-2", 10_000), *[("tea", "tea-1", 10_000)] * 3)
+    show(stores, "carl", "salt-1")
+    for exclude, first in ((CLICKED_ONES, "salt-1"), (SHOWN_ONES, "tea-1")):
+        (found,) = recommended(stores, "carl", WantedItems(1, exclude=exclude)).items
+        assert (found.id, found.reason) == (name(first), "popular")
+
+
+def test_near_items_that_were_shown_are_left_out_only_where_that_is_asked_for(stores: Stores) -> None:
+    learn(stores, 2)
+    sources = item_sources(stores)
+
+    def near(exclude: frozenset[Exclusion]) -> list[str]:
+        answer = similar(predictor(stores), sources.near, Query("ann"), WantedItems(50, exclude=exclude), [SHOW])
+        return [one.id for one in answer.items]
+
+    by_id = {name(item): item for item in ITEMS}
+    nearest = near(frozenset())
+    clicked, shown = {*nearest[:5]}, {*nearest[5:]}
+    events = clicks([("tea", by_id[item], 4_000) for item in clicked], first_offset=2000)
+    stores.histories.commit(Appends.of(np.full(5, user_id(SALT, "ann"), np.uint64), events), (), {})
+    show(stores, "ann", *(by_id[item] for item in (*nearest, *shown)))
+    assert not clicked & {*near(CLICKED_ONES)} and len(shown & {*near(CLICKED_ONES)}) > 20
+    assert not shown & {*near(SHOWN_ONES)} and clicked & {*near(SHOWN_ONES)}
+    assert not (clicked | shown) & {*near(BOTH)} and len(near(BOTH)) == 50
 
 
 def test_a_version_without_weights_is_ranked_as_before(stores: Stores) -> None:
