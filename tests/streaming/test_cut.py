@@ -88,6 +88,32 @@ def test_a_late_poll_is_followed_at_once_and_a_long_interval_is_divided() -> Non
     assert slow.wait_ms(1010) == 240
 
 
+def test_a_cut_does_not_wait_long_once_no_further_click_comes() -> None:
+    cutter = Cutter(256, cut_ms=60_000)
+    assert polled(cutter, 1000, piece()) == []
+    assert polled(cutter, 1100, piece((ZERO, 0, 256))) == [256]
+    assert polled(cutter, 1110, piece((ZERO, 256, 100))) == []
+    # Each click begins the wait again, up to `cut_ms`.
+    assert polled(cutter, 7000, piece((ZERO, 356, 24))) == []
+    assert polled(cutter, 12_999, piece()) == []
+    assert polled(cutter, 13_000, piece(), busy=True) == []
+    assert polled(cutter, 13_010, piece()) == [124]
+    assert polled(cutter, 80_000, piece()) == []
+
+
+def test_a_short_pause_between_clicks_ends_no_cut() -> None:
+    cutter = cutter_at(0)
+    slow = Cutter(10, cut_ms=2000)
+    assert polled(slow, 0, piece()) == []
+    assert polled(slow, 10, piece((ZERO, 0, 1))) == []
+    assert polled(slow, 1009, piece()) == []
+    assert polled(slow, 1010, piece()) == [1]
+    # A cut of less than a second waits for its time alone.
+    assert polled(cutter, 50, piece((ZERO, 0, 1))) == []
+    assert polled(cutter, 99, piece()) == []
+    assert polled(cutter, 100, piece()) == [1]
+
+
 def test_the_first_clicks_of_a_process_do_not_wait() -> None:
     assert polled(Cutter(10, cut_ms=100), 5000, piece((ZERO, 0, 4))) == [4]
 
