@@ -40,7 +40,7 @@ from state.registry.control import Control
 from state.registry.controls import ControlPoll
 from state.registry.hosts import ErasureReport, write_erasure_report
 from state.registry.log_line import LogLine
-from streaming.event_clock import PREFIX, EventClock
+from streaming.event_clock import PREFIX, EventClock, agreed_on
 
 POLL_S = 0.1
 LETTERS = "letters"  # name of the store's extra
@@ -113,10 +113,11 @@ def written_dead_letters(store: HistoryStore) -> dict[Source, int]:
 def clocks_after(before: Before, own: Collection[Source]) -> dict[str, bytes | None]:
     """The store's extras of the event clock after a rollback, computed from the latest clicks of our sources.
 
-    A source whose position did not change keeps its clock. If no recent click of a rolled-back source was found, its
-    clock restarts with its next click.
+    A source whose position did not change keeps its clock. If too few users of a rolled-back source clicked lately, the
+    time that was believed then has votes in addition, so that no single user decides the clock.
     """
-    clock, state, marks = EventClock(lambda _: None), dict[str, bytes](), dict[Source, int]()
+    begun = clocks_before(before)
+    clock, state, marks = EventClock(begun.get), dict(begun), dict[Source, int]()
     for batch in before.latest:
         new, marks = trim(batch, marks)
         is_own = np.array([part.source in own for part in batch.header.ranges] or [False])
@@ -124,6 +125,25 @@ def clocks_after(before: Before, own: Collection[Source]) -> dict[str, bytes | N
         state |= clock.follow(rows, batch.header.ranges, batch.header.created_ms).state
     names = [PREFIX + "all", *(PREFIX + str(source) for source in before.timed)]
     return {name: state.get(name) for name in names} if before.timed else {}
+
+
+def clocks_before(before: Before) -> dict[str, bytes]:
+    """States of the event clock with which to follow the latest clicks, for sources of which these are too few.
+
+    They are the times that readers believed before the first such click of a source; without one, those of all sources
+    after the last click.
+    """
+    begins, believed = dict[Source, tuple[int, int]](), list[tuple[int, int]]()
+    for batch in before.latest:
+        # Records of earlier releases have no clocks.
+        for part, (begin_ms, end_ms) in zip(batch.header.ranges, batch.header.clocks, strict=False):
+            begins.setdefault(part.source, (begin_ms, batch.header.created_ms))
+            believed.append((end_ms, batch.header.created_ms))
+    untimed = before.untimed
+    if not untimed or not believed:
+        return {}
+    states = {PREFIX + str(source): agreed_on(*begins.get(source, max(believed))) for source in untimed}
+    return {PREFIX + "all": agreed_on(*min(begins.values())), **states}
 
 
 def roll_back_histories(

@@ -92,6 +92,18 @@ class Quorum(NamedTuple):
             self.marks[key], self.votes[key] = numbers[:6], numbers[6:].reshape(TURNS, 4)
 
 
+def agreed_on(at_ms: int, read_ms: int) -> bytes:
+    """The state of a source of which no click is known, but that `AGREEING` users had reached `at_ms` at `read_ms`.
+
+    It has no clock until its next click. Then these users have votes like others. The result is that of `Quorum.pack`.
+    """
+    state = Quorum.of(1)
+    for turn in range(1, AGREEING + 1):
+        state.votes[0, turn - 1, [_AT, _READ, _TURN]] = at_ms, read_ms, turn
+    state.marks[0, _TURNS] = AGREEING
+    return state.pack(0)
+
+
 def believed_in(packed: bytes | None) -> int | None:
     """The newest time that readers may believe, ms, from a result of `Quorum.pack`; None if there is none."""
     state = np.frombuffer(packed or b"", "<i8")

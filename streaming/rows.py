@@ -144,12 +144,17 @@ FIRST_SHARE = 0.7
 FEW_ROWS = 256
 """After a cut of fewer rows than this, the next one takes a single poll: its clicks are processed in a few ms."""
 MOST_INTERVAL_MS = 250.0
+IDLE_POLL_MS, BUSY_POLL_MS = 500.0, 50.0
+"""The most that a poll waits for a click: if no cut is due, and while a due cut waits for an earlier one to be written."""
+QUIET_SHARE, LEAST_QUIET_MS = 0.1, 1000.0
+"""After this part of `cut_ms` without a click, but at least `LEAST_QUIET_MS`, a cut does not wait for more."""
 
 
 class Cutter:
     """Collects batches until there are enough rows, or the first one has waited long enough; decides when to poll.
 
     The first batch has waited since the poll before its own, because its clicks may have arrived right after that poll.
+    At the end of a backlog, when no further click comes, the cut does not wait for all of `cut_ms`.
 
     Args:
         cut_rows: Target number of rows of a cut; a single larger batch is a separate cut.
@@ -160,18 +165,29 @@ class Cutter:
         self._cut_rows, self._cut_ms = cut_rows, cut_ms
         self._pieces: list[Rows] = []
         self._rows = self._last_rows = 0
-        self._polled_ms = self._before_ms = self._since_ms = 0.0
+        self._quiet_ms = max(QUIET_SHARE * cut_ms, LEAST_QUIET_MS)
+        self._polled_ms = self._before_ms = self._since_ms = self._came_ms = 0.0
 
-    def poll(self, now_ms: float) -> None:
-        """Records the time of a poll; its clicks are added next. `now_ms` is a monotonic clock, as in `wait_ms`."""
+    def poll(self, now_ms: float) -> float:
+        """Records the time of a poll, whose clicks are added next; returns how long it may wait for a click, ms.
+
+        `now_ms` is a monotonic clock, as in `wait_ms`.
+        """
+        may_wait_ms = IDLE_POLL_MS
+        if self._pieces:
+            due_ms = min(self._since_ms + self._cut_ms, self._came_ms + self._quiet_ms)
+            # Due at the last poll, and not cut: an earlier cut is written.
+            is_held = due_ms <= self._polled_ms
+            may_wait_ms = BUSY_POLL_MS if is_held else min(max(0.0, due_ms - now_ms), IDLE_POLL_MS)
         self._before_ms, self._polled_ms = self._polled_ms, now_ms
+        return may_wait_ms
 
-    def wait_ms(self, now_ms: float) -> float:
-        """How long to wait for more clicks before the next poll, ms, at least 0."""
+    def wait_ms(self, now_ms: float, returned_ms: float) -> float:
+        """How long to wait for more clicks before the next poll, ms, at least 0; the last poll returned at `returned_ms`."""
         next_ms = self._since_ms + self._cut_ms
         if not self._pieces or next_ms <= self._polled_ms:
-            next_ms = self._polled_ms + self._cut_ms * (1 if self._last_rows < FEW_ROWS else FIRST_SHARE)
-        return max(0.0, min(next_ms, self._polled_ms + MOST_INTERVAL_MS) - now_ms)
+            next_ms = returned_ms + self._cut_ms * (1 if self._last_rows < FEW_ROWS else FIRST_SHARE)
+        return max(0.0, min(next_ms, returned_ms + MOST_INTERVAL_MS) - now_ms)
 
     def add(self, rows: Rows, now_ms: int, busy: bool = False) -> list[Cut]:
         """Adds the batch of a poll, which may be empty; returns the cuts that are due, oldest first.
@@ -187,9 +203,11 @@ class Cutter:
         if rows.batch.ranges:
             if not self._pieces:
                 self._since_ms = self._before_ms
+            self._came_ms = self._polled_ms
             self._pieces.append(rows)
             self._rows += count
         waited = self._polled_ms - self._since_ms >= self._cut_ms * (BUSY_TIMES if busy else 1)
+        waited = waited or (not busy and self._polled_ms - self._came_ms >= self._quiet_ms)
         if self._pieces and (self._rows >= self._cut_rows or waited):
             due.extend(self.flush(now_ms))
         return due

@@ -26,8 +26,6 @@ from streaming.alignment import AlignedReader
 from streaming.context import JobContext, StreamContext
 from streaming.rows import Rows
 
-POLL_S = 0.05  # how long a poll waits for clicks
-
 Context = TypeVar("Context", covariant=True)
 Owned = TypeVar("Owned")
 
@@ -170,15 +168,17 @@ class ClickReader:
         clock, topic_id = context.clock, context.topic_id
         self._reader = AlignedReader(context.reader, lambda partition: clock.reached(Source(topic_id, partition)))
 
-    def poll(self) -> list[PartitionBatch]:
-        """Returns the next batches, in order within a partition and of similar event times; none after `POLL_S` without one.
+    def poll(self, timeout_s: float) -> list[PartitionBatch]:
+        """Returns the next batches, in order within a partition and of similar event times; none after `timeout_s` without one.
+
+        It returns with the first click: a fetch waits for it at the broker.
 
         Raises:
             LogError: Positions are gone, or the broker stays unreachable.
         """
         stream = self._context.settings.stream
         self._reader.begin(stream.cut_rows)
-        batches = self._reader.poll(POLL_S)
+        batches = self._reader.poll(timeout_s)
         for batch in batches:
             received_ms = appended_ms(batch, wall_ms())
             self._lag.note(Source(batch.topic_id, batch.partition), batch.first, batch.next, received_ms)
@@ -263,14 +263,14 @@ class ReadClicks(Step[StreamContext]):
         context = self.handle.context
         clicks, stream, cutter = ClickReader(context), context.settings.stream, context.cutter
         while tracker.try_claim(context.stopping.is_set() or context.watch.changed()):
-            cutter.poll(1000 * time.monotonic())
+            timeout_s = cutter.poll(1000 * time.monotonic()) / 1000
             with self.handle.watched():
-                batches = clicks.poll()
-            begun_s = time.perf_counter()
+                batches = clicks.poll(timeout_s)
+            returned_s = time.monotonic()
             # All downstream steps run before the generator continues.
             yield batches
-            busy_s = time.perf_counter() - begun_s
-            context.metrics.busy_seconds.inc(busy_s)
+            now_s = time.monotonic()
+            context.metrics.busy_seconds.inc(now_s - returned_s)
             if 0 < sum(map(len, batches)) < stream.cut_rows:
                 # At the end of the log a poll returns with the next click, so this waits for more clicks.
-                context.stopping.wait(cutter.wait_ms(1000 * time.monotonic()) / 1000)
+                context.stopping.wait(cutter.wait_ms(1000 * now_s, 1000 * returned_s) / 1000)

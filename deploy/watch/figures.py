@@ -257,7 +257,7 @@ def falls_behind(name: str, now: Scrape, earlier: Scrape | None, elapsed_s: floa
     if not before or waiting < before:
         return ""
     if (now.total(backlog.done) or 0.0) == (earlier.total(backlog.done) or 0.0):
-        return f"{shown(waiting)} {backlog.what} wait and none is read"
+        return f"{shown(waiting)} {backlog.what} wait and none is processed"
     return f"{shown(waiting)} {backlog.what} wait and their number grows" if long and waiting > before else ""
 
 

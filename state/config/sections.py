@@ -249,7 +249,7 @@ class Stream:
         "ms",
         least=1,
         most=60_000,
-        help="Maximum time before a micro-batch is written, up to five times as long while an earlier one is written; on a distributed runner, the time for which a source collects clicks.",
+        help="Maximum time before a micro-batch is written, up to five times as long while an earlier one is written; a tenth of it, but at least 1 s, after the last click if no further one comes; on a distributed runner, the time for which a source collects clicks.",
     )
     cut_rows: int = setting(
         4096,

@@ -152,15 +152,16 @@ class Before:
         self.latest: list[MicroBatch] = []
         self.timed = frozenset(timed)
         self._turns = Counter[Source]()
+        self._first_users: dict[Source, int] = {}
 
     @property
     def done(self) -> bool:
         """Whether everything needed was found."""
-        return self.has_rows and len(self.categories) == len(self.items) and not self._untimed
+        return self.has_rows and len(self.categories) == len(self.items) and not self.untimed
 
     @property
-    def _untimed(self) -> set[Source]:
-        """The timed sources of which too few clicks were found."""
+    def untimed(self) -> set[Source]:
+        """The timed sources of which too few turns were found, so that earlier clicks also decide their clock."""
         return {source for source in self.timed if self._turns[source] < TURNS and self._low.get(source, 0) > 0}
 
     @property
@@ -171,7 +172,7 @@ class Before:
     def take_block(self, block: Iterable[MicroBatch]) -> int | None:
         """Processes a block of records in order, which precedes all earlier blocks; returns its newest event time."""
         times, narrow, latest = [0], list[MicroBatch](), list[MicroBatch]()
-        untimed = self._untimed if self.latest else None
+        untimed = self.untimed if self.latest else None
         for batch in block:
             self._find_opened(batch)
             # Without windows, sequences and attributes.
@@ -183,10 +184,7 @@ class Before:
                 latest.append(events.take(np.array(has_no_time)[events.source]))
             named = np.isin(events.item, self._items) & (events.category != 0)
             narrow.append(events.take(np.isin(events.user, self._users) | named))
-        for events in latest:
-            for number, part in enumerate(events.header.ranges):
-                users = events.user[events.source == number]
-                self._turns[part.source] += int((users[1:] != users[:-1]).sum()) + (len(users) > 0)
+        self._count_turns(latest)
         self.latest = [*latest, *self.latest]
         for events in reversed(narrow):
             for item, category in zip(events.item[::-1].tolist(), events.category[::-1].tolist(), strict=True):
@@ -194,6 +192,22 @@ class Before:
                     self.categories.setdefault(item, category)
             self._take(events)
         return max(times) or None
+
+    def _count_turns(self, latest: Iterable[MicroBatch]) -> None:
+        """Counts changes of user in records that precede those counted so far; a burst of one user is one turn."""
+        first, last = dict[Source, int](), dict[Source, int]()
+        for events in latest:
+            for number, part in enumerate(events.header.ranges):
+                users = events.user[events.source == number]
+                if not len(users):
+                    continue
+                is_new = last.get(part.source) != int(users[0])
+                self._turns[part.source] += int((users[1:] != users[:-1]).sum()) + is_new
+                first.setdefault(part.source, int(users[0]))
+                last[part.source] = int(users[-1])
+        for source, user in last.items():
+            self._turns[source] -= self._first_users.get(source) == user
+        self._first_users |= first
 
     def _find_opened(self, batch: MicroBatch) -> None:
         for row in np.flatnonzero(batch.kind == Kind.OPENED).tolist() if self.waited else ():

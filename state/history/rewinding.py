@@ -153,7 +153,7 @@ def read_before(reader: Reader, end: int, line: LogLine, before: Before, reach_m
     """Passes the records before `end` to `before`, newest first, until it has everything or no older event matters.
 
     If only categories of items and clocks of sources are missing, it reads at most `BLOCKS_FOR_ITEMS` blocks. A flood
-    may have named new items, and a partition may have had no click for a long time.
+    may have named new items, and a partition may have had no click, or those of one user, for a long time.
     """
     size, newest_ms, blocks = BLOCK, None, 0
     while end > 0 and (newest_ms is None or not before.done):

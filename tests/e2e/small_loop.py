@@ -67,10 +67,10 @@ class StepPart(Protocol):
 
 
 class Stream:
-    """The stream on a log in memory: one batch, one cut, one commit a step."""
+    """The stream on a log in memory: one batch of at most `batch` clicks, one cut, one commit a step."""
 
-    def __init__(self, settings: Settings, log: MemoryLog) -> None:
-        self._settings, self._log = settings, log
+    def __init__(self, settings: Settings, log: MemoryLog, batch: int = BATCH) -> None:
+        self._settings, self._log, self._batch = settings, log, batch
         self._stack = ExitStack()
         self._open()
 
@@ -92,7 +92,7 @@ class Stream:
             self.close()
             self._open()
             return True
-        batches = context.reader.poll(0.0, BATCH)
+        batches = context.reader.poll(0.0, self._batch)
         if not any(batch.next > batch.first for batch in batches):
             return False
         for events in self._parse.process(batches):
@@ -195,7 +195,9 @@ class SmallLoop:
         decided: Callable[[Control], Control] = lambda first: first,
         flags: Sequence[str] = (),
         partitions: int = 1,
+        batch: int = BATCH,
     ) -> None:
+        self._batch = batch
         folder.mkdir(parents=True)
         shutil.copy(salt, folder / "salt")
         state = ("--paths.state", str(folder), "--stream.metrics_port", "0")
@@ -263,7 +265,7 @@ class SmallLoop:
 
     def _start(self, name: str) -> StepPart:
         if name == "stream":
-            return Stream(self.settings, self.log)
+            return Stream(self.settings, self.log, self._batch)
         return (
             Training(self.settings, self.log, self._trainer) if name == "trainer" else Applying(self.settings, self.log)
         )

@@ -1,13 +1,13 @@
 """A rollback converges whatever happens on its way: killed at each step, and interrupted by another.
 
 What it converges to is a loop that never saw the masked clicks (exact), or one
-that was left alone (fast); weights, histories, accounts, log and rows are equal
-bit for bit.
+that was left alone (fast). Histories, accounts and rows are equal bit for bit,
+and so are weights if both cut the log into the same records.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -106,13 +106,18 @@ def finished(loop: SmallLoop) -> dict[str, Any]:
     return found
 
 
-def never_saw(folder: Path, salt: Path, control: Control) -> dict[str, Any]:
-    """What a loop comes to that has the masks from its beginning; the same clicks in the same batches."""
-    loop = SmallLoop(folder, salt, with_masks(control))
+def never_saw(folder: Path, salt: Path, control: Control, batch: int = BATCH) -> dict[str, Any]:
+    """What a loop comes to that has the masks from its beginning; the same clicks, by default in the same batches."""
+    loop = SmallLoop(folder, salt, with_masks(control), batch=batch)
     for first, count in ((0, GOOD), (GOOD, BAD)):
         loop.click(*clicks(first, count))
         loop.settle()
     return finished(loop)
+
+
+def joined(records: Sequence[tuple[Any, Mapping[str, bytes]]]) -> dict[str, bytes]:
+    """The rows of all records, by column; here they have one source."""
+    return {name: b"".join(columns[name] for _, columns in records) for name in records[0][1]}
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +133,21 @@ def left_alone(tmp_path_factory: pytest.TempPathFactory, salt: Path) -> dict[Mod
     assert found["fast"]["account"]["masked"] > 0
     assert found["exact"]["stream"] != found["fast"]["stream"]
     return found
+
+
+@pytest.mark.parametrize("batch", [7, 4 * BATCH])
+def test_an_exact_rollback_makes_the_rows_of_a_loop_that_never_saw_the_clicks_also_if_that_polls_at_other_times(
+    tmp_path: Path, salt: Path, batch: int
+) -> None:
+    """Rows with their windows, histories and accounts are equal bit by bit; only weights depend on where records end."""
+    loop, to = poisoned(tmp_path / "loop", salt)
+    go_back(loop, to, bots(salt, 0, 1, 2), "exact")
+    found, expected = finished(loop), never_saw(tmp_path / "calm", salt, loop.control, batch)
+    records, other_records = found.pop("records"), expected.pop("records")
+    assert [ranges for ranges, _ in records] != [ranges for ranges, _ in other_records]
+    assert joined(records) == joined(other_records)
+    assert found.pop("weights") != expected.pop("weights")
+    assert found == expected
 
 
 @pytest.mark.parametrize(
@@ -281,12 +301,19 @@ class LabelledStream:
         decided = (lambda first: first) if masks is None else with_masks(masks)
         self.loop = SmallLoop(folder, salt, decided, LABELS, partitions=2)
         self.loop.down = {"trainer", "applier"}
-        # 1. Both partitions have clicks; then only one has, until the place that is gone back to.
+        # 1.
+        self.click_before()
+        self.offset, self.sources = self.end(), tuple(sorted(self.store().positions().items()))
+        # 2. The clicks that are read again.
+        self.click_after()
+
+    def click_before(self) -> None:
+        """Both partitions have clicks; then only one has, until the place that is gone back to."""
         self.loop.click(*shown(0, 60, BEGIN_MS, 3000, "quiet"), partition=1)
         self.busy(0, MARGIN)
         self.busy(MARGIN, MARGIN)
-        self.offset, self.sources = self.end(), tuple(sorted(self.store().positions().items()))
-        # 2. The clicks that are read again.
+
+    def click_after(self) -> None:
         self.busy(2 * MARGIN, MARGIN)
         self.loop.click(*shown(60, 60, BEGIN_MS + 70 * MINUTE_MS, MINUTE_MS, "quiet"), partition=1)
         self.loop.settle()
@@ -331,5 +358,74 @@ def test_with_labels_an_exact_rollback_during_another_makes_the_rows_of_a_run_wi
     for name, value in expected.items():
         assert found[name] == value, name
     assert expected["waiting"]
+    for one in (ours, theirs):
+        one.loop.close()
+
+
+class BurstStream(LabelledStream):
+    """A stream in which a new user's clock is an hour ahead, and a burst of this user surrounds the place gone back to.
+
+    In one partition others wait for labels meanwhile.
+    """
+
+    def __init__(self, folder: Path, salt: Path, partition: int, masks: Control | None = None) -> None:
+        self.partition = partition
+        super().__init__(folder, salt, masks)
+
+    def click_before(self) -> None:
+        self.busy(0, MARGIN)
+        self.loop.click(*self.others(0, "favorite"), partition=self.partition)
+        self.burst(0, 0)
+
+    def click_after(self) -> None:
+        self.burst(MARGIN, self.partition)
+
+    def label(self) -> None:
+        """The others get their labels."""
+        self.loop.click(*self.others(30_000, "cart"), partition=self.partition)
+        self.loop.settle()
+
+    def others(self, after_ms: int, action: str) -> tuple[list[bytes], list[int]]:
+        times = [BEGIN_MS + MARGIN * 1000 + after_ms + number for number in range(BATCH)]
+        values = [
+            click(number, user=f"other-{number}", item=f"item-{number}", time=at_ms, action=action)
+            for number, at_ms in enumerate(times)
+        ]
+        return values, times
+
+    def burst(self, first: int, partition: int) -> None:
+        """`MARGIN` views."""
+        self.loop.settle()
+        times = [BEGIN_MS + MARGIN * 1000 + 60 * MINUTE_MS + number for number in range(first, first + MARGIN)]
+        values = [click(number, user="new", time=at_ms) for number, at_ms in enumerate(times)]
+        self.loop.click(values, times, partition)
+        self.loop.settle()
+
+
+@pytest.mark.parametrize(
+    ("block", "partition"),
+    [
+        pytest.param(MARGIN // BATCH, 0, id="others before the nearest block"),
+        pytest.param(2, 0, id="others before all blocks that are read"),
+        pytest.param(2, 1, id="none of the blocks has the partition"),
+    ],
+)
+def test_a_new_user_whose_burst_fills_what_is_read_does_not_decide_the_clock_of_others(
+    tmp_path: Path, salt: Path, monkeypatch: pytest.MonkeyPatch, block: int, partition: int
+) -> None:
+    monkeypatch.setattr(rewinding, "BLOCK", block)
+    monkeypatch.setattr(rewinding, "LARGEST_BLOCK", block)
+    ours = BurstStream(tmp_path / "ours", salt, partition)
+    # One click behind that place is left out.
+    ours.go_back(offsets(2 * MARGIN + 25, 2 * MARGIN + 26))
+    ours.loop.settle()
+    theirs = BurstStream(tmp_path / "theirs", salt, partition, ours.loop.control)
+    for one in (ours, theirs):
+        one.label()
+    found, expected = ours.content(), theirs.content()
+    for name, value in expected.items():
+        assert found[name] == value, name
+    # Each of the others' impressions got its label.
+    assert sum(counts["joined"] for counts in expected["counts"].values() if "joined" in counts) > BATCH
     for one in (ours, theirs):
         one.loop.close()

@@ -113,7 +113,7 @@ def test_what_status_says_is_what_the_table_shows() -> None:
         kafka_away=True,
         starting={"trainer": "starting", "stream": "compiling kernels, 12 of 30", "applier": "lag unknown"},
         behind={
-            "trainer": "5,673 records wait and none is read",
+            "trainer": "5,673 records wait and none is processed",
             "stream": "12,000 clicks wait and their number grows",
             "segments": "4,000 records and 0 users wait",
         },

@@ -68,24 +68,69 @@ def test_rows_wait_up_to_five_times_as_long_while_an_earlier_cut_is_written() ->
 
 def test_few_rows_take_one_poll_and_many_a_second_one_late() -> None:
     cutter = cutter_at(0, cut_rows=4096)
-    assert cutter.wait_ms(2) == 98
+    assert cutter.wait_ms(2, 0) == 98
     assert polled(cutter, 100, piece((ZERO, 0, FEW_ROWS))) == [FEW_ROWS]
-    assert cutter.wait_ms(110) == 60
+    assert cutter.wait_ms(110, 100) == 60
     assert polled(cutter, 170, piece((ZERO, FEW_ROWS, 1))) == []
-    assert cutter.wait_ms(175) == 25
+    assert cutter.wait_ms(175, 170) == 25
     assert polled(cutter, 200, piece()) == [1]
-    assert cutter.wait_ms(200) == 100
+    assert cutter.wait_ms(200, 200) == 100
 
 
 def test_a_late_poll_is_followed_at_once_and_a_long_interval_is_divided() -> None:
     cutter = cutter_at(0)
-    assert cutter.wait_ms(101) == 0
+    assert cutter.wait_ms(101, 0) == 0
     assert polled(cutter, 110, piece((ZERO, 0, 1)), busy=True) == []
-    assert cutter.wait_ms(112) == 98
+    assert cutter.wait_ms(112, 110) == 98
     slow = Cutter(10, cut_ms=60_000)
     assert polled(slow, 900, piece()) == []
     assert polled(slow, 1000, piece((ZERO, 0, 1))) == []
-    assert slow.wait_ms(1010) == 240
+    assert slow.wait_ms(1010, 1000) == 240
+
+
+def test_a_poll_waits_for_a_click_until_a_cut_is_due() -> None:
+    cutter = cutter_at(1000)
+    assert cutter.poll(1500) == 500
+    assert rows_of(cutter.add(piece(), 0)) == []
+    # The first click after a quiet time is cut at once, and the next poll comes `cut_ms` after it.
+    assert cutter.poll(2000) == 500
+    assert rows_of(cutter.add(piece((ZERO, 0, 1)), 0)) == [1]
+    assert cutter.wait_ms(2402, returned_ms=2400) == 98
+    assert polled(cutter, 2450, piece((ZERO, 1, 1)), busy=True) == []
+    # The cut was due, and an earlier one is written.
+    assert cutter.poll(2600) == 50
+    assert rows_of(cutter.add(piece(), 0)) == [1]
+    assert polled(cutter, 2650, piece((ZERO, 2, 1))) == []
+    assert cutter.poll(2660) == 40
+    assert rows_of(cutter.add(piece((ZERO, 3, 1)), 0)) == []
+    assert cutter.poll(2710) == 0
+    assert rows_of(cutter.add(piece(), 0)) == [2]
+
+
+def test_a_cut_does_not_wait_long_once_no_further_click_comes() -> None:
+    cutter = Cutter(256, cut_ms=60_000)
+    assert polled(cutter, 1000, piece()) == []
+    assert polled(cutter, 1100, piece((ZERO, 0, 256))) == [256]
+    assert polled(cutter, 1110, piece((ZERO, 256, 100))) == []
+    # Each click begins the wait again, up to `cut_ms`.
+    assert polled(cutter, 7000, piece((ZERO, 356, 24))) == []
+    assert polled(cutter, 12_999, piece()) == []
+    assert polled(cutter, 13_000, piece(), busy=True) == []
+    assert polled(cutter, 13_010, piece()) == [124]
+    assert polled(cutter, 80_000, piece()) == []
+
+
+def test_a_short_pause_between_clicks_ends_no_cut() -> None:
+    cutter = cutter_at(0)
+    slow = Cutter(10, cut_ms=2000)
+    assert polled(slow, 0, piece()) == []
+    assert polled(slow, 10, piece((ZERO, 0, 1))) == []
+    assert polled(slow, 1009, piece()) == []
+    assert polled(slow, 1010, piece()) == [1]
+    # A cut of less than a second waits for its time alone.
+    assert polled(cutter, 50, piece((ZERO, 0, 1))) == []
+    assert polled(cutter, 99, piece()) == []
+    assert polled(cutter, 100, piece()) == [1]
 
 
 def test_the_first_clicks_of_a_process_do_not_wait() -> None:

@@ -12,7 +12,20 @@ from numpy.typing import NDArray
 
 from state.microbatch.batch import TOLERANCE_MS
 from state.positions import Range, Source
-from streaming.event_clock import AGREEING, AHEAD, BEHIND, PATIENCE, TURNS, EventClock, OffClock, Quorum, believe, hear
+from streaming.event_clock import (
+    AGREEING,
+    AHEAD,
+    BEHIND,
+    NEVER_MS,
+    PATIENCE,
+    TURNS,
+    EventClock,
+    OffClock,
+    Quorum,
+    agreed_on,
+    believe,
+    hear,
+)
 
 BASE_MS = 1_700_000_000_000
 FAR_MS = 10 * TOLERANCE_MS
@@ -78,6 +91,14 @@ def test_half_of_the_witnesses_must_agree_on_a_jump() -> None:
 
 def test_a_first_click_with_a_wrong_clock_is_overruled_by_the_next_user() -> None:
     assert heard([(1, 100 * FAR_MS), (1, 100 * FAR_MS), (2, 0), (3, 1)]) == [100 * FAR_MS, 100 * FAR_MS, 0, 1]
+
+
+def test_of_users_of_whom_only_the_time_is_known_it_has_no_clock_and_holds_one_back_who_is_ahead() -> None:
+    for at_ms, expected_ms in ((FAR_MS, 0), (-FAR_MS, 0), (1000, 1000)):
+        known = Quorum.of(2)
+        known.unpack(1, agreed_on(BASE_MS, BASE_MS))
+        assert known.marks[1, 1] == NEVER_MS
+        assert heard([(7, at_ms)] * 3, known) == [expected_ms] * 3
 
 
 def test_late_clicks_do_not_move_it_back_until_there_is_nothing_else() -> None:

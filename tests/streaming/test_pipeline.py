@@ -129,6 +129,23 @@ def test_clicks_become_micro_batches_and_bad_ones_dead_letters_also_after_a_rest
         assert all(part.first >= 202 for batch in later for part in batch.header.ranges if part.source.partition < 2)
 
 
+def test_the_last_clicks_of_a_backlog_are_cut_soon_also_if_records_may_wait_for_long(
+    kafka_settings: KafkaFactory, tmp_path: Path
+) -> None:
+    kafka = kafka_settings()
+    settings = settings_for(kafka, tmp_path / "state", tmp_path / "salt", cut_rows=256, cut_ms=20_000)
+    with Topics(kafka) as topics, following(kafka, kafka.microbatches_topic) as log:
+        topics.ensure(kafka.clicks_topic, 1, FOREVER)
+        send(kafka, [click(number) for number in range(4 * 256 + 124)], partition=lambda number: 0)
+        with running(settings, tmp_path / "log") as stream:
+            reached(log, {0: 4 * 256 + 124}, "the backlog")
+            assert stream.stop() == 0, stream.lines
+        batches = [decode(value) for value in log.poll()]
+    assert [len(batch) for batch in batches] == [256, 256, 256, 256, 124]
+    # A tenth of `cut_ms` after the last click, and not all of it.
+    assert batches[-1].header.created_ms - batches[-2].header.created_ms < settings.stream.cut_ms / 2
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     """Clicks in a topic and the rows that a stream without a crash makes of them; filled by the first test."""

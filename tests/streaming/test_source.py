@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,8 @@ from state.metrics import StreamMetrics
 from state.positions import Range
 from streaming import steps
 from streaming.context import StreamContext
-from streaming.steps import ClickReader
+from streaming.rows import Cutter
+from streaming.steps import ClickReader, ReadClicks, opened
 from tests.memory_log import MemoryLog
 from tests.streaming.pieces import ZERO, context_of
 
@@ -40,6 +43,8 @@ def reading(store: HistoryStore, log: MemoryLog) -> StreamContext:
         reader=log.reader(CLICKS),
         topic_id=ZERO.topic_id,
         metrics=StreamMetrics(CollectorRegistry()),
+        cutter=Cutter(4, cut_ms=80),
+        stopping=threading.Event(),
     )
 
 
@@ -51,7 +56,7 @@ def store(tmp_path: Path) -> HistoryStore:
 def test_lag_counts_what_is_unread_and_what_is_uncommitted(store: HistoryStore) -> None:
     store.commit(Appends.none(), [Range(ZERO, 0, 1, dead=1)])
     context = reading(store, clicked(9))
-    ClickReader(context).poll()
+    ClickReader(context).poll(0.0)
     assert context.metrics.lag_events._value.get() == 5 + 3
     store.close()
 
@@ -65,8 +70,31 @@ def test_a_broker_that_is_unreachable_for_a_while_stops_nothing_and_is_logged_on
     with caplog.at_level(logging.WARNING):
         log.go_away()
         for _ in range(2):
-            clicks.poll()
+            clicks.poll(0.0)
     (record,) = caplog.records
     expected = "new partitions and lag are unknown for now: cannot describe topic clicks: no broker"
     assert record.message.startswith(expected)
+    store.close()
+
+
+def test_without_clicks_it_polls_twice_a_second_and_reads_the_click_that_comes(store: HistoryStore) -> None:
+    log = clicked(0)
+    context = reading(store, log)
+
+    def click() -> None:
+        with log.writer() as writer:
+            writer.send(CLICKS, 0, None, None)
+
+    with opened(context) as handle:
+        polls = ReadClicks(handle).process(b"", steps._UntilStopped())
+        begun_s = time.monotonic()
+        assert [next(polls) for _ in range(3)] == [[], [], []]
+        assert time.monotonic() - begun_s >= 1.4
+        timer = threading.Timer(0.05, click)
+        timer.start()
+        came = next(batches for batches in polls if batches)
+        assert [len(batch) for batch in came] == [1]
+        timer.join()
+        context.stopping.set()
+        assert list(polls) == []
     store.close()

@@ -76,7 +76,7 @@ class Stream:
 
     def run(self) -> None:
         """Reads all clicks there are, and commits them."""
-        while batches := self._clicks.poll():
+        while batches := self._clicks.poll(0.0):
             self._cutter.poll(self._clock.now_ms())
             for events in self._parse.process(batches):
                 for rows in self._update.process(events):

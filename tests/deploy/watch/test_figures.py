@@ -194,14 +194,14 @@ def test_parts_that_up_has_still_to_start_are_not_called_away() -> None:
     ("process", "earlier", "now", "words"),
     [
         # The trainer was killed; the one that started again has 5,673 records to read and reads none.
-        ("trainer", ("lag_records 5600", 'rows_total{outcome="trained"} 9'), ("lag_records 5673", 'rows_total{outcome="trained"} 9'), "trainer: 5,673 records wait and none is read"),
+        ("trainer", ("lag_records 5600", 'rows_total{outcome="trained"} 9'), ("lag_records 5673", 'rows_total{outcome="trained"} 9'), "trainer: 5,673 records wait and none is processed"),
         # It answered too late for the poll before, or did not know its lag then.
         ("trainer", ("lag_records NaN",), ("lag_records 1147",), "trainer: 1,147 records wait"),
         ("trainer", ("lag_records 5673",), ("lag_records 900", 'rows_total{outcome="trained"} 99999'), ""),
         ("trainer", ("lag_records 140", 'rows_total{outcome="trained"} 9'), ("lag_records 150", 'rows_total{outcome="trained"} 19'), "trainer: 150 records wait and their number grows"),
         ("trainer", ("lag_records 2", 'rows_total{outcome="trained"} 9'), ("lag_records 3", 'rows_total{outcome="trained"} 19'), ""),
         ("trainer", ("lag_records 5600", "paused 1"), ("lag_records 5673", "paused 1"), "training is paused by an operator"),
-        ("stream", ("lag_events 40",), ("lag_events 60",), "stream: 60 clicks wait and none is read"),
+        ("stream", ("lag_events 40",), ("lag_events 60",), "stream: 60 clicks wait and none is processed"),
         ("stream", ("lag_events 4000", 'events_total{outcome="rows"} 1'), ("lag_events 4500", "lag_seconds 12", 'events_total{outcome="rows"} 9'), "stream: 4,500 clicks wait and their number grows"),
         ("stream", ("lag_events 4000", 'events_total{outcome="rows"} 1'), ("lag_events 4500", "lag_seconds 0.3", 'events_total{outcome="rows"} 9'), ""),
     ],
