@@ -99,15 +99,14 @@ def test_without_a_further_click_a_version_waits_for_an_unsure_guard_at_most_30_
         run_to_end(running)
         if withheld.get():
             break
-    at, before, ticks = running.place.next, registry.versions(), 0
-    while registry.versions() == before:
+    at, ticks = running.place.next, 0
+    while (newest := registry.manifest(registry.versions()[-1])).log.next < at:
         assert withheld.get() == 1
         ticks += 1
-        assert ticks < 30 / tick_s, "no tick reads the clock less than once"
+        assert ticks < 30 / tick_s, "each tick reads the clock at least once"
         running.tick(0.0)
         settle(running)
-    newest = registry.manifest(registry.versions()[-1])
-    assert (newest.log.next, newest.verdict) == (at, "pass")
+    assert newest.verdict == "pass"
     for _ in range(IDLE_TICKS):
         running.tick(0.0)
     assert withheld.get() == 0
