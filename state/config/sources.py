@@ -223,22 +223,28 @@ def from_flags(argv: Sequence[str], known: Mapping[str, KnownSetting]) -> Iterat
 
 
 def split_settings(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Splits a command line into flags of settings and the rest.
+    """Splits a command line into flags of settings and the rest; removed settings are reported here, and left out.
+
+    So a command reports them once, however often it loads its settings, also in a process that it becomes.
 
     >>> split_settings(["pin", "--paths.state", "here", "7", "--reason", "odd"])
     (['--paths.state', 'here'], ['pin', '7', '--reason', 'odd'])
+
+    Raises:
+        SettingsError: A setting requests a removed feature.
     """
     settings: list[str] = []
     rest: list[str] = []
     words = iter(argv)
     for word in words:
-        name = word.partition("=")[0].removeprefix("--")
-        if word.startswith("--") and ("." in name or name == "config" or name in SHORT_FLAGS):
-            settings.append(word)
-            if "=" not in word:
-                settings += [value for value in [next(words, None)] if value is not None]
-        else:
+        flag, equals, text = word.partition("=")
+        name = flag.removeprefix("--")
+        if not (word.startswith("--") and ("." in name or name == "config" or name in SHORT_FLAGS)):
             rest.append(word)
+            continue
+        value = text if equals else next(words, None)
+        if value is None or not is_gone(name.replace("-", "_"), value, f"flag {flag}", {}):
+            settings += [word] if equals or value is None else [word, value]
     return settings, rest
 
 

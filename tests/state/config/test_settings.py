@@ -11,7 +11,7 @@ import pytest
 from deploy.cli import as_toml
 from state.config.loading import load
 from state.config.settings import KnownSetting, Settings, as_text, known_settings, variable
-from state.config.sources import line_numbers
+from state.config.sources import line_numbers, split_settings
 from state.errors import SettingsError
 
 SETTINGS = list(known_settings())
@@ -80,6 +80,18 @@ def test_a_removed_setting_is_ignored_with_a_warning(
         assert found.kafka.port == 7 and name not in found.origins
         (said,) = caplog.messages
         assert f"{name} was removed in 0.2.0 and is ignored" in said and said.endswith("leave it out")
+
+
+@pytest.mark.parametrize("flags", [["--stream.sync_s", "5"], ["--stream.sync-s=5"]])
+def test_a_command_line_reports_a_removed_setting_once_however_often_it_is_loaded(
+    flags: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    kept, words = split_settings(["status", *flags, "--kafka.port", "7"])
+    assert (kept, words) == (["--kafka.port", "7"], ["status"])
+    for _ in range(2):
+        load(kept, env={}, path="/dev/null")
+    (reported,) = caplog.messages
+    assert "stream.sync_s was removed in 0.2.0 and is ignored" in reported
 
 
 def test_flags_are_written_in_three_ways() -> None:
