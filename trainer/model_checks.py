@@ -23,7 +23,7 @@ from state.config.sections import Model as ModelSettings
 from state.config.settings import Settings
 from state.errors import ProgramError, SettingsError
 from state.features.spec import FeatureSpec
-from state.lowering import ROWS_TOLERANCE, TOLERANCE, difference
+from state.lowering import TOLERANCE, difference
 from state.process.user_code import error_line
 from state.rows.tables import CODES, TAKEN, is_name
 from trainer.engine.build import EMBEDDINGS
@@ -295,9 +295,9 @@ def _check_rows_apart(ranker: Ranker, inputs: Mapping[str, F32], plain: Mapping[
         single = {name: value[row : row + 1] if name in by_row else value for name, value in inputs.items()}
         for name, value in _scores(ranker, single, label).items():
             error = difference(value, plain[name][row : row + 1])
-            if error > ROWS_TOLERANCE:
+            if error > TOLERANCE:
                 raise ProgramError(
                     f"{label}: {name} of row {row} is another alone than in a batch of {ROWS} (difference {error:.2g}, "
-                    f"allowed {ROWS_TOLERANCE:g})",
+                    f"allowed {TOLERANCE:g})",
                     "score computes nothing over the rows of a batch, only losses may",
                 )

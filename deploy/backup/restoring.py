@@ -7,7 +7,7 @@
 4. Reserve the version numbers that the lost system may have used, so that a serving host that still has such versions
    never mixes them with new ones. Apply known erasures made after the backup again. A new control generation records
    who restored what.
-5. Move the files to their final paths: histories first, control last. A crash before this step leaves only
+5. Write the salt, and move the files to their final paths: histories first, control last. A crash before this step leaves only
    `restoring/`. A crash during it leaves a directory that the next restore refuses; empty it first.
 
 Afterwards the system starts as after a crash: stream, trainer and serving continue in Kafka from the positions in the
@@ -152,7 +152,7 @@ def restore(
         _require_restorable(settings, backup)
         with _built_aside(settings) as aside:
             # 2.
-            _write_all(settings, store, backup, progress)
+            salt = _write_all(settings, store, backup, progress)
             killpoints.reach("restore.written")
             # 3.
             users, positions = _finish_stores(settings, backup, kafka_lost)
@@ -167,6 +167,8 @@ def restore(
             version, generation = _record(registry, backup, positions, by, kafka_lost)
             shutil.rmtree(registry.path / layout.TEMPORARY)
             # 5.
+            if salt is not None:
+                _write_salt(settings.salt_path, salt)
             _move_to_final_paths(aside)
     return Restored(users, positions, generation, first, len(repeated), version)
 
@@ -186,15 +188,21 @@ def _built_aside(settings: Settings) -> Iterator[list[Path]]:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write_all(settings: Settings, store: FileStore, backup: Backup, progress: Callable[[int], None]) -> None:
-    objects = Objects(store, listed=False)
+def _write_all(settings: Settings, store: FileStore, backup: Backup, progress: Callable[[int], None]) -> bytes | None:
+    """Writes the backup's files aside; returns its salt if the machine needs it."""
+    objects, salt = Objects(store, listed=False), None
     for file in backup.files:
         if file.path != SALT:
             _write(_path_of(settings, file), objects.read(file), progress)
         elif not settings.salt_path.exists():
-            settings.salt_path.parent.mkdir(parents=True, exist_ok=True)
-            durable.write(settings.salt_path, b"".join(objects.read(file)))
-            durable.sync_directory(settings.salt_path.parent)
+            salt = b"".join(objects.read(file))
+    return salt
+
+
+def _write_salt(path: Path, salt: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    durable.write(path, salt)
+    durable.sync_directory(path.parent)
 
 
 def _path_of(settings: Settings, file: KeptFile) -> Path:

@@ -209,6 +209,29 @@ def test_a_damaged_object_is_named_and_nothing_is_left(system: System, to: Path,
     springtide(there, "restore", str(to))
 
 
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["registry in the state", "registry elsewhere"])
+def test_after_a_late_refusal_the_next_attempt_works_also_of_another_systems_backup(
+    system: System, to: Path, tmp_path: Path, elsewhere: bool
+) -> None:
+    flags = ("--paths.registry", str(tmp_path / "registry")) * elsewhere
+    there = settings_of(tmp_path / "there", *flags)
+    other = System(tmp_path / "other")
+    springtide(other.settings, "backup", str(tmp_path / "others"), "--with-salt")
+    springtide(system.settings, "backup", str(to), "--with-salt")
+    (to / "objects").rename(to / "away")
+    with pytest.raises(DamagedBackup):
+        springtide(there, "restore", str(to), *flags)
+    with pytest.raises(BackupError, match="not those of this backup"):
+        forget(system, FIRST)
+        forget(other, SECOND, THIRD)
+        springtide(other.settings, "backup", str(tmp_path / "others"), "--with-salt", now_ms=NOW_MS + 1)
+        springtide(there, "restore", str(tmp_path / "others"), "--erasures-from", str(system.registry.path), *flags)
+    assert not there.salt_path.exists()
+    (to / "away").rename(to / "objects")
+    springtide(there, "restore", str(to), *flags)
+    assert content(there)["stream-0"] == content(system.settings)["stream-0"]
+
+
 def test_a_damaged_document_is_refused_and_an_older_backup_still_there(
     system: System, to: Path, there: Settings
 ) -> None:
