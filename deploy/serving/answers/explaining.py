@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deploy.serving.answers.interests import Correction
-from deploy.serving.answers.predictor import KINDS, Inputs, Predictor, Prepared
+from deploy.serving.answers.predictor import KINDS, Predictor, Prepared
 from deploy.serving.answers.program import PAIRS, batch_of
 from deploy.serving.answers.query import NOBODY, STEEPEST_LOGIT, Query, about_same, iso
 from springtide_client.answers import BehindIt, Explanation, ReasonFor
@@ -53,7 +53,7 @@ VERBS = {
 """Wording of an action, by its name; other actions are shown by their name."""
 EXACT = 4
 """Maximum of groups for which all orders are evaluated."""
-ORDERS = 32
+ORDERS = 16
 """Orders evaluated for more groups; even. They are always the same, so explanations are reproducible."""
 TOLERANCE = 0.01
 """Largest fraction of the difference by which the sum of the parts may deviate."""
@@ -91,7 +91,7 @@ class Group(NamedTuple):
 def groups_of(
     spec: FeatureSpec, shapes: Mapping[str, tuple[int, ...]], own_popular: Sequence[int]
 ) -> tuple[list[Group], dict[str, I32]]:
-    """Returns the groups, and for each input with a row per query the group number of each of its values.
+    """Returns the groups, and for each input with a row per query the group numbers of its values, as they broadcast.
 
     A popular category that is also the user's own belongs to the group of the user's own, because it is scored once.
 
@@ -99,6 +99,8 @@ def groups_of(
     >>> groups, numbers = groups_of(FeatureSpec(), shapes, [-1, 1, -1])
     >>> [group.kind for group in groups], numbers["recent_next"].tolist(), numbers["popular_mask"].tolist()
     (['user', 'category', 'category', 'pair'], [[1], [2]], [3, 2, 3])
+    >>> numbers["user_row"].tolist()
+    [0]
 
     Args:
         spec: Names the features.
@@ -122,8 +124,8 @@ def groups_of(
         elif name == "popular_mask":
             owners = [number(Group("category", slot) if slot >= 0 else Group("pair")) for slot in own_popular]
         else:
-            owners = [number(Group(_kind(name)))] * (shape[0] if shape else 1)
-        by_input[name] = np.broadcast_to(np.array(owners, np.int32).reshape(-1, *[1] * (len(shape) - 1)), shape or (1,))
+            owners = [number(Group(_kind(name)))]
+        by_input[name] = np.array(owners, np.int32).reshape([-1, *[1] * (len(shape) - 1)] if shape else [])
     return list(numbers), by_input
 
 
@@ -307,7 +309,8 @@ class Coalitions:
     """The sets of groups whose inputs are switched to the user's, to compute Shapley values (Shapley 1953).
 
     With more than `EXACT` groups, `ORDERS` random orders of the groups are a sample: half of them are drawn, the others
-    are the same ones reversed (Castro, Gomez and Tejada 2009).
+    are the same ones reversed. They are stratified (Castro, Gomez, Molina and Tejada 2017): over the orders, each group
+    comes at places spread evenly from first to last, as in a Latin hypercube.
 
     >>> coalitions = Coalitions(2)
     >>> coalitions.members.tolist()
@@ -324,7 +327,10 @@ class Coalitions:
             self._orders = np.array(list(permutations(range(groups))))
         else:
             rng = np.random.default_rng(groups)
-            half = np.array([rng.permutation(groups) for _ in range(ORDERS // 2)])
+            strata = np.stack([rng.permutation(ORDERS // 2) for _ in range(groups)], axis=1)
+            places = (strata + rng.random(strata.shape)) / ORDERS
+            # The reversed order has the group in the mirrored half.
+            half = np.argsort(np.where(rng.random(strata.shape) < 0.5, places, 1 - places), axis=1)
             self._orders = np.concatenate([half, half[:, ::-1]])
         turns = np.argsort(self._orders, axis=1)
         joined = turns[:, None, :] < np.arange(groups + 1)[:, None]
@@ -409,41 +415,31 @@ def _parts(
         if group not in groups:
             groups.append(group)
         for name in (_FACTOR, _OFFSET):
-            numbers[name] = np.full(given[name].shape[1:], groups.index(group), np.int32)
-    names = sorted(numbers)
-    group_of = np.concatenate([numbers[name].reshape(-1) for name in names])
-    end, begin = (np.concatenate([given[name][row].reshape(-1) for name in names]) for row in (0, 1))
-    moving = np.unique(group_of[begin != end])
-    # For each value, the column of its group in `members`; any column if the group does not change.
-    column = np.searchsorted(moving, group_of).clip(max=max(len(moving) - 1, 0))
+            numbers[name] = np.array(groups.index(group), np.int32).reshape([1] * (given[name].ndim - 1))
+    changed = [
+        np.broadcast_to(owners, given[name].shape[1:])[given[name][0] != given[name][1]]
+        for name, owners in numbers.items()
+    ]
+    moving = np.unique(np.concatenate(changed))
+    # The columns in `members` of each input's groups; any column for a group that does not change.
+    last = max(len(moving) - 1, 0)
+    columns = {name: np.searchsorted(moving, owners).clip(max=last) for name, owners in numbers.items()}
     coalitions = coalitions_of(max(len(moving), 1))
     fixed = {name: value for name, value in prepared.inputs.items() if name not in numbers}
-    sizes = {name: given[name].shape[1:] for name in names}
     values = []
     for first in range(0, len(coalitions.members), PAIRS):
         piece = coalitions.members[first : first + PAIRS]
         padded = np.zeros((batch_of(len(piece)), piece.shape[1]), bool)
         padded[: len(piece)] = piece
-        points = np.where(padded.take(column, 1), end, begin).astype(np.float32, copy=False)
         # Other requests may have loaded a newer version in between.
         predictor.load_version(reader)
-        inputs = _split(points, sizes)
-        fed = {name: value for name, value in inputs.items() if name not in (_FACTOR, _OFFSET)}
-        values.append(_values(slots, inputs, version.predict(fixed | fed))[: len(piece)])
+        points = {name: np.where(padded[:, column], given[name][0], given[name][1]) for name, column in columns.items()}
+        fed = {name: value for name, value in points.items() if name not in (_FACTOR, _OFFSET)}
+        values.append(_values(slots, points, version.predict(fixed | fed))[: len(piece)])
         yield
     all_values: F64 = np.concatenate(values)
     shares = coalitions.shares(all_values)[: len(moving)].tolist()
     return [(groups[number], share) for number, share in zip(moving.tolist(), shares, strict=True)]
-
-
-def _split(points: F32, sizes: Mapping[str, tuple[int, ...]]) -> Inputs:
-    """Splits points into inputs by name, `[n, ...]` each."""
-    inputs, first = {}, 0
-    for name, shape in sizes.items():
-        count = int(np.prod(shape))
-        inputs[name] = np.ascontiguousarray(points[:, first : first + count]).reshape(len(points), *shape)
-        first += count
-    return inputs
 
 
 def _words(predictor: Predictor, prepared: Prepared) -> Words:
