@@ -31,7 +31,7 @@ from state.config.sections import AskedModel, Model
 from state.config.settings import Settings
 from state.errors import ProgramError, first_line
 from state.features.spec import FeatureSpec
-from state.lowering import ROWS_TOLERANCE, TOLERANCE, difference, lower_saved_model, run_lowered
+from state.lowering import TOLERANCE, difference, lower_saved_model, run_lowered
 from state.process.part import OPTIONS_READ, run_check
 from state.process.user_code import error_line, load_named
 
@@ -170,10 +170,10 @@ def check_preprocessing(path: str, spec: FeatureSpec, keep: Path | None = None, 
             )
         for row in range(ALONE):
             error = difference(transform(rows[row : row + 1]), outputs[row : row + 1])
-            if error > ROWS_TOLERANCE:
+            if error > TOLERANCE:
                 raise ProgramError(
                     f"{name}: row {row} gives another output alone than in a batch of {ROWS} (difference {error:.2g}, "
-                    f"allowed {ROWS_TOLERANCE:g})",
+                    f"allowed {TOLERANCE:g})",
                     "what is computed over a batch must be a TensorFlow Transform analyzer",
                 )
         # 3.
