@@ -17,7 +17,7 @@ from state.disk.lock import DirectoryLock
 from state.file_store import DirectoryStore
 from state.history import snapshots
 from state.history.snapshots import HistorySnapshot, SnapshotFile, UserRange
-from state.registry.control import start
+from state.registry.control import Decision, start
 from state.registry.manifest import FileEntry, Manifest, complete, extend, sees
 from state.registry.registry import Registry
 from tests.kills import killed_at
@@ -28,7 +28,7 @@ from trainer.compactor import DAY_MS, HOUR_MS, Tiers, compact, plan, thin
 from trainer.engine.step import Trainer
 from trainer.versions import checkpoint, content
 
-WHO = {"actor": "test", "reason": "test", "now_ms": 0}
+WHO: Decision = {"actor": "test", "reason": "test", "now_ms": 0}
 TIERS = Tiers(each_ms=HOUR_MS, thin_ms=DAY_MS, sparse_ms=7 * DAY_MS)
 
 

@@ -11,7 +11,7 @@ from state.features.mask import Mask
 from state.log import Log
 from state.microbatch.codec import decode, encode
 from state.registry import log_line, sharing
-from state.registry.control import Control, pin, publish, roll_back, train, unmask
+from state.registry.control import Control, Decision, pin, publish, roll_back, train, unmask
 from state.registry.manifest import LogRange
 from state.registry.registry import Registry
 from tests.state.registry.hosts import away
@@ -22,7 +22,7 @@ from tests.trainer.test_verify import asked, started_with_spec
 from trainer.learner import Learner
 
 RECORDS = [microbatch(number) for number in range(24)]
-WHO: dict[str, Any] = {"actor": "ann", "reason": "test", "now_ms": 5}
+WHO: Decision = {"actor": "ann", "reason": "test", "now_ms": 5}
 
 
 def under(value: bytes, generation: int) -> bytes:

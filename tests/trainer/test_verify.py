@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from state.errors import GapError, LogError, UnknownVersion
 from state.features.mask import Mask
 from state.layout import CONTROL
 from state.log import Log
-from state.registry.control import Control, follow, pin, release, roll_back
+from state.registry.control import Control, Decision, follow, pin, release, roll_back
 from state.registry.registry import Registry
 from tests.memory_log import MemoryLog, MemoryReader
 from tests.trainer.clicks import SPEC, microbatch, small_settings
@@ -40,7 +39,7 @@ from trainer.engine import build, guard
 from trainer.verify import Comparison
 from trainer.versions import checkpoint, content
 
-PINS: dict[str, Any] = {"actor": "ann", "reason": "to and fro", "now_ms": 6}
+PINS: Decision = {"actor": "ann", "reason": "to and fro", "now_ms": 6}
 RECORDS = [microbatch(number) for number in range(20)]
 
 

@@ -22,7 +22,7 @@ from deploy.watch.scrape import Scrape, parsed
 from state.disk.files import exchange, noted_at
 from state.layout import CURRENT, ROWS
 from state.process.network import free_port
-from state.registry.control import start
+from state.registry.control import Decision, start
 from state.registry.manifest import Draft, LogRange
 from state.registry.registry import SERVING, Registry
 from state.rows.store import RowStore
@@ -31,7 +31,7 @@ from tests.deploy.serving.test_following import tensors
 from tests.deploy.serving.test_rest import until
 from tests.state.registry.hosts import Origin, away
 
-BY = {"actor": "ann", "reason": "a test", "now_ms": 1}
+BY: Decision = {"actor": "ann", "reason": "a test", "now_ms": 1}
 
 
 APPLIER = [sys.executable, "-m", "deploy.serving.applier"]

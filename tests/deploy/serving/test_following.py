@@ -26,14 +26,14 @@ from state.features.spec import FeatureSpec, Mask
 from state.layout import PROGRAMS, ROWS
 from state.metrics import ApplierMetrics
 from state.positions import Source
-from state.registry.control import follow, label, pin, roll_back, start
+from state.registry.control import Decision, follow, label, pin, roll_back, start
 from state.registry.manifest import Draft, LogRange, Manifest
 from state.registry.registry import SERVING, Registry
 from state.rows.store import RowStore
 
 MAP = 1 << 27
 SOURCE = Source("ab" * 16, 3)
-BY = {"actor": "ann", "reason": "a test", "now_ms": 1}
+BY: Decision = {"actor": "ann", "reason": "a test", "now_ms": 1}
 
 
 @dataclass

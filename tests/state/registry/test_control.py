@@ -23,6 +23,7 @@ from state.registry import manifest
 from state.registry.control import (
     MOST_RELEASED,
     Control,
+    Decision,
     HeldUpdate,
     SuspectClicks,
     decode,
@@ -42,7 +43,7 @@ from state.registry.control import (
 from state.registry.controls import Controls
 from state.registry.log_line import WHOLE, LogLine, counts, from_json, has, onward, parting, to_json, turned
 
-WHO = {"actor": "ann", "reason": "because", "now_ms": 5}
+WHO: Decision = {"actor": "ann", "reason": "because", "now_ms": 5}
 
 
 @dataclass(frozen=True)

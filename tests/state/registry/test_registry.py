@@ -21,14 +21,14 @@ from state.features.erased import MaskedUsers
 from state.features.mask import Mask
 from state.positions import Source
 from state.process import killpoints
-from state.registry.control import Control, follow, pin, roll_back, start
+from state.registry.control import Control, Decision, follow, pin, roll_back, start
 from state.registry.manifest import Draft, LogRange, Manifest, sees
 from state.registry.model_fit import require_same_salt
 from state.registry.registry import MOST_BETWEEN, SERVING, Registry
 from tests.disks import folder_in_memory
 from tests.kills import killed_at
 
-WHO = {"actor": "ann", "reason": "because", "now_ms": 5}
+WHO: Decision = {"actor": "ann", "reason": "because", "now_ms": 5}
 SOURCE = Source("ab" * 16, 1)
 GOLDEN = Path(__file__).parents[2] / "golden" / "registry-v1"
 
