@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from state.disk.lock import DirectoryLock
 from state.errors import CorruptVersion, LockHeld, UnusableDisk, UnusableRegistry
 from state.positions import Source
-from state.registry.control import start
+from state.registry.control import Control, pin, start
 from state.registry.manifest import Draft, LogRange
 from state.registry.registry import SERVING, TRAINING, Registry
 from tests.disks import as_nobody, open_folder, small_disk
@@ -62,10 +62,8 @@ def test_a_version_that_does_not_fit_is_absent_and_the_one_before_stays(tmp_path
         assert Registry(registry.path).newest_good(1) == 3
 
 
-def _pinned(control: object, version: int) -> object:
-    from state.registry.control import pin
-
-    return pin(control, version, actor="ann", reason="test", now_ms=6)  # type: ignore[arg-type]
+def _pinned(control: Control, version: int) -> Control:
+    return pin(control, version, actor="ann", reason="test", now_ms=6)
 
 
 # Damaged files

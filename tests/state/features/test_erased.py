@@ -19,7 +19,7 @@ GONE = Erased.NOBODY.and_also(
 
 def rows(erased: Erased, users: list[int], source: list[int], offsets: list[int]) -> list[bool]:
     places = np.array(source, np.uint16), np.array(offsets, np.int64)
-    found = erased.rows(np.array(users, np.uint64), *places, RANGES).tolist()
+    found: list[bool] = erased.rows(np.array(users, np.uint64), *places, RANGES).tolist()
     none, now = np.zeros(len(users), np.uint64), np.zeros(len(users), np.int64)
     as_mask = Mask(erased=erased).rows(ClickColumns(np.array(users, np.uint64), none, none, now, *places), RANGES)
     assert as_mask.tolist() == found

@@ -35,7 +35,8 @@ from state.registry.sync import (
     require_newest,
 )
 from tests.kills import Killed, armed, killed_at
-from tests.state.registry.hosts import WHO, CopyHost, Elapsed, Link, Origin
+from tests.state.registry.hosts import CopyHost, Elapsed, Link, Origin
+from tests.state.registry.test_registry import WHO
 
 POINTS_OF_SENDER = ("share.pack", "share.file", "share.manifest", "share.named", "share.unnamed")
 POINTS_OF_COPIER = ("copy.control", "copy.pack", "copy.named", "copy.small")
@@ -318,8 +319,8 @@ def test_of_two_operators_on_two_hosts_one_wins_and_both_know(
     other.registry.change(lambda control: follow(control, actor="bob", reason="again", now_ms=7))
     host.look()
     Copier(origin.registry.path, origin.place, origin.elapsed).step()
-    for one in (host.registry, origin.registry):
-        assert [each.actor for each in one.controls()] == ["ann", "ann", "bob"]
+    for registry in (host.registry, origin.registry):
+        assert [each.actor for each in registry.controls()] == ["ann", "ann", "bob"]
 
 
 def test_an_operator_who_was_killed_behind_the_place_has_decided(origin: Origin, host: CopyHost) -> None:
