@@ -38,7 +38,7 @@ from tests.vectors import vectorise
 
 SPEC = FeatureSpec(windows_s=(60, 600, 7200), half_lives_s=(30, 900), history=16, recent_categories=5, sequence=7)
 BASE_MS = 1_700_000_000_000
-Click = tuple[int, int, int, int, int]
+Click = tuple[int, int, int, int, float]
 streams = st.lists(
     st.tuples(
         st.integers(1, 4),  # user

@@ -43,7 +43,7 @@ def test_a_base_is_the_trainers_state_bit_for_bit(tmp_path: Path) -> None:
         if number == 30:
             compact(registry)
     made = compact(registry)
-    assert made.version == version
+    assert made is not None and made.version == version
     assert registry.chain(version).deltas == []
     state = checkpoint.full(trainer)
     # Measures that decide nothing are in a base too, and no part of the state.
@@ -102,7 +102,8 @@ class Line:
 
 def test_versions_are_thinned_after_an_hour_and_again_after_a_day() -> None:
     """Ten days of a version each five minutes, thinned each twenty minutes."""
-    line, version, last = Line(), 1, ((1, 1),)
+    line, version = Line(), 1
+    last: tuple[tuple[int, int], ...] = ((1, 1),)
     tiers = replace(TIERS, load_bytes=5_000)
     end = 10 * DAY_MS
     for now in range(0, end + 1, 1_200_000):
@@ -198,7 +199,7 @@ def test_an_operators_compactor_waits_until_the_trainers_own_is_done_and_says_wh
     trainer.step(batches(0, 1)[0])
     second = publish(registry, trainer, first, created_at_ms=10**15)
     at_work = DirectoryLock(registry.path, layout.COMPACTOR_LOCK).acquire()
-    monkeypatch.setattr(compactor.time, "sleep", lambda _: at_work.release())
+    monkeypatch.setattr("trainer.compactor.time.sleep", lambda _: at_work.release())
     settings = small_settings("--paths.state", str(tmp_path))
     tiers = replace(compactor.tiers_of(settings), load_bytes=1000)
     monkeypatch.setattr(compactor, "tiers_of", lambda _: tiers)

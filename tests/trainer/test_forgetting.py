@@ -68,7 +68,7 @@ def held(running: Learner) -> tuple[bool, int]:
 
 def files_with(registry: Registry, ids: set[int]) -> set[str]:
     """The files of versions and bases in which one of the ids stands, in either order of bytes."""
-    forms = [one.to_bytes(8, order) for one in ids for order in ("little", "big")]  # type: ignore[arg-type]
+    forms = [one.to_bytes(8, order) for one in ids for order in ("little", "big")]
     paths = [path for folder in ("versions", "bases") for path in (registry.path / folder).rglob("*") if path.is_file()]
     return {
         str(path.relative_to(registry.path))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +83,7 @@ def test_every_version_is_recomputed_whatever_happened_before(tmp_path: Path, mo
     newest = registry.newest(2) or 0
     # Of control only where epochs begin and end is read: years of pins cost nothing.
     for at in range(6):
-        registry.change(lambda one, at=at: pin(one, to, **PINS) if at % 2 == 0 else follow(one, **PINS))
+        registry.change(partial(pin, version=to, **PINS) if at % 2 == 0 else partial(follow, **PINS))
     (registry.path / CONTROL / "00000006.json").write_text("nobody reads it")
     before = names(registry)
 

@@ -122,7 +122,7 @@ def test_control_damaged_anywhere_is_no_control_and_no_older_one(
 ) -> None:
     path = tmp_path_factory.mktemp("control")
     registry = started(path, 1)
-    registry.change(lambda control: _pinned(control, 1))  # type: ignore[arg-type, return-value]
+    registry.change(lambda control: _pinned(control, 1))
     file = path / "control" / "00000002.json"
     data = file.read_bytes()
     at = int(place * len(data))

@@ -51,7 +51,8 @@ def test_windows_are_those_of_a_history_without_what_is_gone() -> None:
     told = vectorise(history, 9_000, None, Mask(erased=GONE), spec, user=7)
     fresh = vectorise(history[3:], 9_000, None, Mask.NONE, spec, user=7)
     others = vectorise(history, 9_000, None, Mask(erased=GONE), spec, user=8)
-    assert all(np.array_equal(one, other) for one, other in zip(told, fresh, strict=True))
+    pairs: zip[tuple[np.ndarray, np.ndarray]] = zip(told, fresh, strict=True)
+    assert all(np.array_equal(one, other) for one, other in pairs)
     assert not np.array_equal(told.recent_categories, others.recent_categories)
     assert Mask(erased=GONE).events(history, 7).tolist() == [True] * 3 + [False] * 3
 

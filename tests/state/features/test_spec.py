@@ -149,7 +149,8 @@ def assert_equal(history: Events, at_ms: int, mask: Mask, spec: FeatureSpec) -> 
     row = vectorise(history, at_ms, None, mask, spec)
     # Among those of others, a row has the same bits.
     several = vectorise_many([history[:1], history, history[::-1]], [at_ms, at_ms, at_ms + 1], mask, spec, [1, 0, 2])
-    for alone, among in zip(row, several, strict=True):
+    pairs: zip[tuple[np.ndarray, np.ndarray]] = zip(row, several, strict=True)
+    for alone, among in pairs:
         np.testing.assert_array_equal(alone, among[1])
     want, labels = expected(history, at_ms, spec, hidden)
     latest = visible(history, at_ms, spec, hidden)[: spec.sequence]

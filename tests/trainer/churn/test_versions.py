@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -163,7 +163,7 @@ def log(seed: int = 1, parts: int = 60, users: int = 80) -> list[Part]:
     return found
 
 
-def read(parts: Sequence[Part]) -> list[tuple[object, ...]]:
+def read(parts: Sequence[Part]) -> list[tuple[Any, ...]]:
     """The examples as one reads them off the log: (step, user, moment, age, left, windows, action)."""
     rows: dict[int, list[tuple[int, int, tuple[object, ...]]]] = {}
     log_ms, ends = 0, []
