@@ -92,7 +92,7 @@ def test_of_several_processes_the_one_that_reads_the_first_source_tells_and_who_
     first.close()
     # What comes while nobody tells is read again by the next one.
     tell(shop.kafka, crm, ("user-6", b"no json"), ("user-6", {"level": 1}))
-    until(lambda: dead.get() == 3, "the second one has read it")
+    until(lambda: has_refused(second, 3), "the second one has read it")
     second.report_dead_letters()
     join_nothing(second)
     assert dead_letters_in(shop) == sorted([*REFUSED, ("undecodable", "6"), ("undecodable", "8")])

@@ -161,8 +161,8 @@ def test_the_share_of_the_network_is_learned_row_by_row_from_labels_alone() -> N
         share += network * error / (HYPERPARAMETERS.share_precision + known)
         known += information * network**2
     assert abs(share - 1.0) > 0.05
-    np.testing.assert_allclose(crossed.rows, [[0, 0], [0, 0], [share - 1.0, 0]], rtol=1e-3)
-    np.testing.assert_allclose(crossed.precision, [[0, 0], [0, 0], [known, 0]], rtol=1e-3)
+    np.testing.assert_allclose(crossed.rows, [[0.0, 0.0], [0.0, 0.0], [float(share) - 1.0, 0.0]], rtol=1e-3)
+    np.testing.assert_allclose(crossed.precision, [[0.0, 0.0], [0.0, 0.0], [float(known), 0.0]], rtol=1e-3)
     np.testing.assert_array_equal(engagement[64:], logits[64:])
 
 

@@ -1,6 +1,7 @@
 """What is exported answers as serving does, is whole or not there, and says how far a smaller file is off."""
 
 from __future__ import annotations
+from state.lowering import Quantize
 
 import io
 import json

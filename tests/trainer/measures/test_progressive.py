@@ -139,7 +139,7 @@ def record_of(rows: list[Row], transitions: CountTable) -> tuple[Record, Scores]
         empty,
         np.zeros(count, np.int32),
         np.zeros(2 * count, np.float32),
-        np.zeros(2 * count),
+        np.zeros(2 * count, np.float32),
     )
     return Record(ids, {}, targets, np.zeros(count, np.int64), (0, 0), newest), scores
 

@@ -195,6 +195,7 @@ def test_the_noise_has_its_deviation_on_everything_shared(made: PrivateTrainer) 
     assert len(moved) == popular > 0
     assert all(not tables[name].numpy().any() for name in ("item", "context", "user"))
     before = rows_of(made.tables[CROSS], plain.rows[CROSS])
+    assert noised.crossed is not None
     assert np.count_nonzero(noised.crossed.rows[:, 0] != before[:, 0]) == np.unique(record.ids["cross"]).size - 1 > 0
     dense = dict(zip(made.model.weights(), found.dense, strict=True))
     frozen = [dense.pop(name).numpy() for name in list(dense) if name.startswith(FROZEN)]
