@@ -139,7 +139,12 @@ def test_wrong_use_of_one_part_does_not_end_a_loop_that_ran(tmp_path: Path, line
     supervisor.settled = True
     assert collected.get_sample_value("springtide_up_settled") == 1
     supervisor.start(python("stream", "raise SystemExit(2)"))
-    until(lambda: (supervisor.poll(), bool(lines))[1])
+
+    def polled() -> bool:
+        supervisor.poll()
+        return bool(lines)
+
+    until(polled)
     assert lines[0].startswith("stream died (exit 2)")
 
 
@@ -219,7 +224,7 @@ time.sleep(600)
     # A container's first process may leave the dead child unburied.
     def gone() -> bool:
         try:
-            return psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+            return bool(psutil.Process(child).status() == psutil.STATUS_ZOMBIE)
         except psutil.NoSuchProcess:
             return True
 

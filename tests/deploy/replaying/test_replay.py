@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from deploy.replay import main
 from deploy.replaying import recording as replaying
 from deploy.replaying.recording import SLICE_ROWS, Options, Outcome, RecordingSource, Replay, ReplayJournal
-from deploy.replaying.sender import LARGEST_VALUE, Piece, Progress, Record, missing
+from deploy.replaying.sender import LARGEST_VALUE, Outbox, Piece, Progress, Record, missing
 from state.config.sections import Events
 from state.errors import CorruptStore, LogError, SettingsError
 from state.recordings.files import Recording, find, refuse_beyond_memory
@@ -31,7 +31,7 @@ ROWS = 40
 
 
 @dataclass
-class Topic:
+class Topic(Outbox):
     """A topic of two partitions that can break: before, in the middle of, or after a piece."""
 
     records: list[Record] = field(default_factory=list)
@@ -41,7 +41,7 @@ class Topic:
     break_at: int = -1
     arriving: str = ""
 
-    def send(self, piece: Piece) -> Mapping[int, int]:
+    def send(self, piece: Piece) -> dict[int, int]:
         self.sizes.append(len(piece))
         broken = len(self.sizes) - 1 == self.break_at
         for record in piece.records():
@@ -57,7 +57,7 @@ class Topic:
     def arrived_since(self, ends: Mapping[int, int]) -> list[Record]:
         return [record for partition, offset, record in self.log if offset >= ends[partition]]
 
-    def ends(self) -> Mapping[int, int]:
+    def ends(self) -> dict[int, int]:
         return dict(self.places)
 
     @property

@@ -63,7 +63,7 @@ def test_the_process_waits_for_a_registry_applies_without_kafka_and_stops_in_ord
     # No directory, so that nobody may list it, root neither.
     paths["registry"].write_text("")
     rows = tmp_path / "state" / "serving" / ROWS
-    with applier(log, **paths) as process:
+    with applier(log, 0, **paths) as process:
         until(lambda: "the registry cannot be followed" in log.read_text())
         registry = Registry(tmp_path / "later")
         registry.propose(start(**BY))
@@ -71,7 +71,7 @@ def test_the_process_waits_for_a_registry_applies_without_kafka_and_stops_in_ord
         version = registry.publish(draft, {SERVING: save(tensors({1: 1.0}))}).version
         exchange(registry.path, paths["registry"])
         until(lambda: (rows / "mark.json").exists())
-        second = forked.run(APPLIER, env=environment(**paths), capture_output=True, text=True, timeout=60)
+        second = forked.run(APPLIER, env=environment(0, **paths), capture_output=True, text=True, timeout=60)
         assert second.returncode == 1 and "in use by process" in second.stderr
         reader = RowStore(rows, 1 << 30, readonly=True)
 

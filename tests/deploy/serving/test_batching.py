@@ -222,7 +222,7 @@ def test_a_request_of_many_pieces_counts_as_many() -> None:
     clock = Clock()
     line = StepQueue(QueueLimits(expected_s=2.5), clock)
 
-    async def go(pieces: int) -> list[str | BaseException]:
+    async def go(pieces: int) -> tuple[str | BaseException, str | BaseException]:
         for _ in range(60):
             await line.run(clock.steps(1, "measured"))
         both = line.run(clock.steps(pieces, "first"), pieces), line.run(clock.steps(1, "second"))

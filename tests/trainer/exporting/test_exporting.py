@@ -1,7 +1,6 @@
 """What is exported answers as serving does, is whole or not there, and says how far a smaller file is off."""
 
 from __future__ import annotations
-from state.lowering import Quantize
 
 import io
 import json
@@ -24,6 +23,7 @@ from deploy.serving.answers.tensor_model import BY_ID, VECTOR, signatures_of, te
 from state.errors import ProgramError, SettingsError, UnknownVersion
 from state.events.identity import Salt, ids_in, user_id
 from state.layout import REGISTRY
+from state.lowering import Quantize
 from state.ranking.crosses import with_network_share
 from state.registry.control import pin
 from state.registry.registry import Registry
