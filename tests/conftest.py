@@ -46,7 +46,7 @@ def group(file: str) -> str:
     return next((folder for folder in TOGETHER if file.startswith(folder)), file)
 
 
-class ByFile(LoadScopeScheduling):  # type: ignore[misc]
+class ByFile(LoadScopeScheduling):
     """Gives each test process whole groups of files."""
 
     def _split_scope(self, nodeid: str) -> str:

@@ -88,7 +88,7 @@ class Specs:
         names = itertools.chain([spec], (f"{spec}.{number}" for number in itertools.count(2)))
         return next(name for name in names if name not in used)
 
-    def add_spec(self, digest: str, document: Mapping[str, Any], fill: Callable[[Path], object]) -> bool:
+    def add_spec(self, digest: str, document: Mapping[str, Any], fill: Callable[[Path], None]) -> bool:
         """Stores the result of a bootstrap; False if another process was faster, whose result is kept.
 
         Args:

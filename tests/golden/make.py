@@ -36,10 +36,10 @@ import numpy as np
 from kafka import KafkaConsumer, TopicPartition
 from prometheus_client import CollectorRegistry
 
-from deploy.local_kafka import Broker, free_port
+from deploy.local_kafka import Broker
 from deploy.replaying.shoppers import Population, ShopperCrowd
-from deploy.serving.answers.host import CAUGHT_UP_EXTRA
 from deploy.serving.applier import FETCH_S, Applier
+from deploy.serving.host_files import CAUGHT_UP_EXTRA
 from springtide_client import __version__ as RELEASE
 from state.config.loading import load
 from state.config.sections import Kafka
@@ -52,6 +52,7 @@ from state.log import Log, Topics, Writer, client_options, partition_of
 from state.metrics import TrainerMetrics
 from state.microbatch.codec import decode
 from state.process.environment import Clocks
+from state.process.network import free_port
 from state.registry.control import follow, pin, roll_back, start
 from state.registry.registry import Registry
 from streaming import bootstrap
@@ -431,9 +432,9 @@ def fill(settings: Settings) -> None:
             writer.send(wanted.user_topic, 0, f"shopper-{number}".encode(), json.dumps(record).encode(), (), START_MS)
         for category in range(CATEGORIES):
             for rank in range(4):
-                record = {"brand": f"brand-{category % 5}", "price": round(float(chance.uniform(1, 90)), 2)}
+                of_item = {"brand": f"brand-{category % 5}", "price": round(float(chance.uniform(1, 90)), 2)}
                 key = f"item-{category:02d}-{rank:03d}".encode()
-                writer.send(wanted.item_topic, 0, key, json.dumps(record).encode(), (), START_MS)
+                writer.send(wanted.item_topic, 0, key, json.dumps(of_item).encode(), (), START_MS)
         # Somebody who changed their mind, and somebody who is forgotten.
         writer.send(wanted.user_topic, 0, b"shopper-2", b'{"age_band":"65+"}', (), START_MS + 1)
         writer.send(wanted.user_topic, 0, b"shopper-4", None, (), START_MS + 1)

@@ -186,7 +186,7 @@ def test_a_stop_ends_between_two_pieces(tmp_path: Path) -> None:
     recording, topic, wall = write(tmp_path, some_rows()), Topic(), Wall()
     send = topic.send
 
-    def stop_then_send(piece: Piece) -> Mapping[int, int]:
+    def stop_then_send(piece: Piece) -> dict[int, int]:
         wall.stopped.set()
         return send(piece)
 

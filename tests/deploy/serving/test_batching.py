@@ -222,11 +222,11 @@ def test_a_request_of_many_pieces_counts_as_many() -> None:
     clock = Clock()
     line = StepQueue(QueueLimits(expected_s=2.5), clock)
 
-    async def go(pieces: int) -> tuple[str | BaseException, str | BaseException]:
+    async def go(pieces: int) -> list[str | BaseException]:
         for _ in range(60):
             await line.run(clock.steps(1, "measured"))
         both = line.run(clock.steps(pieces, "first"), pieces), line.run(clock.steps(1, "second"))
-        return await asyncio.gather(*both, return_exceptions=True)
+        return list(await asyncio.gather(*both, return_exceptions=True))
 
     assert asyncio.run(go(2)) == ["first", "second"]
     assert isinstance(asyncio.run(go(3))[1], Overloaded)
