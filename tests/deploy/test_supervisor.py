@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -26,8 +27,8 @@ DEADLINE_S = 120.0
 FOREVER = "import signal, threading; threading.Event().wait()"
 
 
-def python(name: str, code: str, **more: object) -> ProcessPlan:
-    return ProcessPlan(name, (sys.executable, "-c", code), **more)  # type: ignore[arg-type]
+def python(name: str, code: str, **more: Any) -> ProcessPlan:
+    return ProcessPlan(name, (sys.executable, "-c", code), **more)
 
 
 def until(condition: Callable[[], bool]) -> None:

@@ -30,6 +30,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lmdb
 import numpy as np
@@ -403,13 +404,13 @@ def clicks_of(settings: Settings, clicks: int) -> list[tuple[str, int, bytes]]:
     for user, item, category, action, at_ms in zip(
         made.users, made.items, made.categories, made.actions, made.at_ms.tolist(), strict=True
     ):
-        click: dict[str, object] = {"user": user, "item": item, "category": category, "action": action, "time": at_ms}
+        click: dict[str, Any] = {"user": user, "item": item, "category": category, "action": action, "time": at_ms}
         if settings.events.context:
             click["device"] = ("phone", "desktop")[int(chance.random() < 0.3)]
         found.append(click)
         if settings.labels.impressions and action == "favorite" and chance.random() < 0.5:
             found.append(click | {"action": "cart", "time": at_ms + 1 + int(chance.integers(4_000_000))})
-    found.sort(key=lambda click: click["time"])  # type: ignore[arg-type, return-value]
+    found.sort(key=lambda click: click["time"])
     rows = [(str(click["user"]), int(str(click["time"])), json.dumps(click).encode()) for click in found]
     # Records that are no clicks.
     rows.insert(100, ("shopper-1", rows[100][1], b"{not json"))

@@ -246,12 +246,13 @@ def test_a_stream_that_is_asked_to_stop_waits_for_no_room_and_reads_the_clicks_a
 
 def test_the_leaders_that_a_full_disk_refused_are_written_later(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "1m") as disk:
-        leaders, reader = Leaders(disk.path), SimpleNamespace(leader_epoch=lambda *_: 7)
+        leaders = Leaders(disk.path)
+        reader: Any = SimpleNamespace(leader_epoch=lambda *_: 7)
         full = disk.fill()
         part = Range(ZERO, 0, 5, rows=5)
         for _ in range(2):
             with pytest.raises(OSError, match="No space left"):
-                leaders.note([part], reader)  # type: ignore[arg-type]
+                leaders.note([part], reader)
         full.unlink()
-        leaders.note([part], reader)  # type: ignore[arg-type]
+        leaders.note([part], reader)
         assert Leaders(disk.path).at(ZERO.topic_id, {0: 5}) == {0: 7}

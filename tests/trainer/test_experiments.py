@@ -198,7 +198,7 @@ def test_a_trial_of_the_same_model_goes_live_while_the_live_trainer_runs(live: L
         enter(control)
         entered.append(checkpoint.digest(live.trainers["live"]))
 
-    running.enter = look  # type: ignore[method-assign]
+    running.enter = look  # type: ignore[method-assign]  # of this trainer alone
     run_to_end(running)
     running.close()
     assert entered == [learned]

@@ -74,7 +74,7 @@ class Wall:
     def __init__(self) -> None:
         self.now_ms = float(NOW_MS)
         self.stopped = threading.Event()
-        self.stopped.wait = self._wait  # type: ignore[method-assign]
+        self.stopped.wait = self._wait  # type: ignore[method-assign]  # waiting moves this clock
 
     def _wait(self, timeout: float | None = None) -> bool:
         self.now_ms += (timeout or 0) * 1000
@@ -190,7 +190,7 @@ def test_a_stop_ends_between_two_pieces(tmp_path: Path) -> None:
         wall.stopped.set()
         return send(piece)
 
-    topic.send = stop_then_send  # type: ignore[method-assign]
+    topic.send = stop_then_send  # type: ignore[method-assign]  # of this topic alone
     outcome = run(recording, tmp_path / "j", topic, wall)
     assert (outcome.sent, outcome.position.complete) == (16, False)
     assert run(recording, tmp_path / "j", topic).sent == 25

@@ -16,7 +16,7 @@ from state.disk.lock import DirectoryLock
 from state.errors import CorruptVersion, LockHeld, UnusableDisk, UnusableRegistry
 from state.positions import Source
 from state.registry.control import Control, pin, start
-from state.registry.manifest import Draft, LogRange
+from state.registry.manifest import Draft, Kind, LogRange
 from state.registry.registry import SERVING, TRAINING, Registry
 from tests.disks import as_nobody, open_folder, small_disk
 
@@ -99,9 +99,9 @@ def test_a_file_damaged_anywhere_is_never_loaded(
     at = int(place * len(data))
     file.write_bytes(data[:at] if bit == 8 else data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :])
     registry = Registry(path)
-    kind = "delta" if folder == "versions" else "base"
+    kind: Kind = "delta" if folder == "versions" else "base"
     with pytest.raises(CorruptVersion, match=f"version {number}: .*{name}") as raised:
-        registry.verify(registry.manifest(number, kind))  # type: ignore[arg-type]
+        registry.verify(registry.manifest(number, kind))
     assert "\n" not in str(raised.value)
 
     # What is restored is good in every part, and what was needed and bad is set aside.

@@ -214,8 +214,8 @@ def test_a_commit_is_whole_and_in_order_or_changes_nothing(
     store.close()
 
 
-def open_store(path: object) -> HistoryStore:
-    return HistoryStore(path, history=N, map_bytes=64 << 20, boot_id="boot")  # type: ignore[arg-type]
+def open_store(path: Path) -> HistoryStore:
+    return HistoryStore(path, history=N, map_bytes=64 << 20, boot_id="boot")
 
 
 def rows_of(ranges: list[Range], seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -19,7 +19,7 @@ from state.registry import hosts
 from state.registry.control import erase, follow, pin, start, take_over, train
 from state.registry.directory import LEASE_S, Claim, Silence
 from state.registry.hosts import GONE_S, ErasureReport, HostEntry, all_erasure_reports, write_erasure_report
-from state.registry.manifest import entries
+from state.registry.manifest import Manifest, entries
 from state.registry.registry import MOST_BETWEEN, SERVING, TRAINING, Registry
 from state.registry.sharing import bind
 from state.registry.sync import (
@@ -220,8 +220,8 @@ def test_while_the_place_is_away_the_trainer_publishes_and_all_of_it_goes_later(
 ) -> None:
     links = list[Link]()
 
-    def cut(place: object) -> Link:
-        links.append(Link(place))  # type: ignore[arg-type]
+    def cut(place: FileStore) -> Link:
+        links.append(Link(place))
         return links[-1]
 
     origin = Origin(tmp_path / "trainer", url, cut)
@@ -528,7 +528,7 @@ def test_a_registry_that_was_alone_is_given_to_an_empty_place(host: CopyHost, tm
     }  # fmt: skip
 
 
-def _parts(registry: Registry, version: int) -> list:  # type: ignore[type-arg]
+def _parts(registry: Registry, version: int) -> list[Manifest]:
     base, deltas = registry.chain(version)
     return [base, *deltas]
 

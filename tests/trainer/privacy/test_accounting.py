@@ -9,6 +9,7 @@ import dataclasses
 import math
 import stat
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -179,7 +180,7 @@ PLACES: dict[str, Change] = {
     "epoch": lambda place: dataclasses.replace(place, epoch=2),
     "line of the log": lambda place: dataclasses.replace(place, line=turned(WHOLE, 1, 2, 0, ())),
     "machine": lambda place: dataclasses.replace(place, environment="0"),
-    **{name: lambda place, mask=mask: dataclasses.replace(place, mask=mask) for name, mask in MASKS.items()},  # type: ignore[misc]
+    **{name: partial(dataclasses.replace, mask=mask) for name, mask in MASKS.items()},
 }
 
 
