@@ -7,6 +7,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck
@@ -46,7 +47,7 @@ def group(file: str) -> str:
     return next((folder for folder in TOGETHER if file.startswith(folder)), file)
 
 
-class ByFile(LoadScopeScheduling):  # type: ignore[misc]
+class ByFile(LoadScopeScheduling):
     """Gives each test process whole groups of files."""
 
     def _split_scope(self, nodeid: str) -> str:
@@ -126,7 +127,7 @@ def kafka_settings(kafka: Running) -> KafkaFactory:
     The topics are named, not created. Keyword arguments replace further fields.
     """
 
-    def make(**changes: object) -> Kafka:
+    def make(**changes: Any) -> Kafka:
         suffix = f"{os.getpid()}-{next(_numbers)}"
         return replace(
             Kafka(
@@ -139,7 +140,7 @@ def kafka_settings(kafka: Running) -> KafkaFactory:
                 port=kafka.port,
                 request_timeout_s=60.0,
             ),
-            **changes,  # type: ignore[arg-type]
+            **changes,
         )
 
     return make

@@ -117,7 +117,7 @@ class Popen(subprocess.Popen[Any]):
             self.pid = _received(self._connection)
             self._child_created = True
         finally:
-            self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)  # type: ignore[attr-defined]
+            self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)  # type: ignore[attr-defined]  # private in Popen
 
     def _try_wait(self, wait_flags: int) -> tuple[int, int]:
         self._connection.settimeout(0.0 if wait_flags & os.WNOHANG else None)
@@ -129,13 +129,13 @@ class Popen(subprocess.Popen[Any]):
         return self.pid, status
 
     def _internal_poll(self, _deadstate: int | None = None) -> int | None:
-        if self.returncode is None and self._waitpid_lock.acquire(False):  # type: ignore[attr-defined]
+        if self.returncode is None and self._waitpid_lock.acquire(False):  # type: ignore[attr-defined]  # private in Popen
             try:
                 pid, status = self._try_wait(os.WNOHANG) if self.returncode is None else (0, 0)
                 if pid:
-                    self._handle_exitstatus(status)  # type: ignore[attr-defined]
+                    self._handle_exitstatus(status)  # type: ignore[attr-defined]  # private in Popen
             finally:
-                self._waitpid_lock.release()  # type: ignore[attr-defined]
+                self._waitpid_lock.release()  # type: ignore[attr-defined]  # private in Popen
         return self.returncode
 
 
@@ -251,7 +251,7 @@ class Forking:
                 os.kill(pid, signal.SIGKILL)
 
 
-def main(address: str) -> object:
+def main(address: str) -> Any:
     """The server, and in its children the module's `main`."""
     request = Forking(address).run()
     if request is None:
@@ -262,7 +262,7 @@ def main(address: str) -> object:
     sys.path[:0] = [
         path for path in request["env"].get("PYTHONPATH", "").split(os.pathsep) if path not in ("", *sys.path)
     ]
-    sys.stdout.reconfigure(write_through=bool(request["env"].get("PYTHONUNBUFFERED")))  # type: ignore[union-attr]
+    sys.stdout.reconfigure(write_through=bool(request["env"].get("PYTHONUNBUFFERED")))  # type: ignore[union-attr]  # Python opened it as a TextIOWrapper
     if KILLPOINTS in sys.modules:
         importlib.reload(sys.modules[KILLPOINTS])
     sys.argv = [request["module"], *request["words"]]
@@ -270,4 +270,4 @@ def main(address: str) -> object:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))  # type: ignore[arg-type]
+    sys.exit(main(sys.argv[1]))

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import numpy as np
 
 from state.config.sections import Kafka
 from state.errors import LogError, UnreachableBroker
-from state.log import PartitionBatch, TopicInfo, partition_of
+from state.log import Log, PartitionBatch, Reader, TopicInfo, Topics, Writer, partition_of
 from state.log.client import fenced, made_again, require_kept, truncated, unknown_partition, unknown_topic, unreachable
 from state.log.records import Headers, Known, epoch_before, noted
 from state.process.environment import wall_ms
@@ -158,7 +158,7 @@ class Closing:
         self.close()
 
 
-class MemoryLog:
+class MemoryLog(Log):
     """A log without a broker. Any thread may use it; each reader and writer belongs to one.
 
     >>> log = MemoryLog()
@@ -186,8 +186,15 @@ class MemoryLog:
     def topics(self) -> MemoryTopics:
         return MemoryTopics(self)
 
-    def reader(self, topic: str, *arguments: Any, **named: Any) -> MemoryReader:
-        return MemoryReader(self, topic, *arguments, **named)
+    def reader(
+        self,
+        topic: str,
+        partitions: Sequence[int] | None = None,
+        positions: Mapping[int, int] | None = None,
+        committed_only: bool = True,
+        leaders: Mapping[int, int] | None = None,
+    ) -> MemoryReader:
+        return MemoryReader(self, topic, partitions, positions, committed_only, leaders)
 
     def writer(self, transactional_id: str | None = None) -> MemoryWriter:
         return MemoryWriter(self, transactional_id)
@@ -245,7 +252,7 @@ class MemoryLog:
         return partitions[number]
 
 
-class MemoryTopics(Closing):
+class MemoryTopics(Closing, Topics):
     def __init__(self, log: MemoryLog) -> None:
         self._log = log
         log.require("connect to Kafka")
@@ -317,7 +324,7 @@ class MemoryTopics(Closing):
         return dict(self._log.groups.get((group, name), {}))
 
 
-class MemoryReader(Closing):
+class MemoryReader(Closing, Reader):
     def __init__(
         self,
         log: MemoryLog,
@@ -433,7 +440,7 @@ class MemoryReader(Closing):
         return PartitionBatch(self.topic_id, number, first, after, offsets, times, keys, values)
 
 
-class MemoryWriter(Closing):
+class MemoryWriter(Closing, Writer):
     def __init__(self, log: MemoryLog, transactional_id: str | None = None) -> None:
         self._log, self._id = log, transactional_id
         self._pending: list[tuple[str, int, bytes | None, bytes | None, Headers, int]] = []
@@ -494,14 +501,14 @@ class MemoryWriter(Closing):
             self.flush()
             self._log.require("commit a transaction")
             self._require_ours("commit a transaction")
-            self._end(committed=True)
+            self._finish(committed=True)
         except UnreachableBroker:
             # The abort would reach nothing; the next writer with this id ends the transaction.
             raise
         except BaseException:
             self._pending = []
             if self._log.epochs[self._id] == self._epoch:
-                self._end(committed=False)
+                self._finish(committed=False)
             raise
         finally:
             self._transaction = None
@@ -511,7 +518,7 @@ class MemoryWriter(Closing):
             self.flush()
         self._pending = []
 
-    def _end(self, committed: bool) -> None:
+    def _finish(self, committed: bool) -> None:
         assert self._id is not None
         with self._log.changed:
             self._log.transactions.pop(self._id).end(committed)

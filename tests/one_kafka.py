@@ -7,7 +7,7 @@ import tempfile
 import threading
 from multiprocessing.connection import Client, Listener
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from deploy.local_kafka import Broker
 from state.process.network import free_port
@@ -22,13 +22,13 @@ class Running(NamedTuple):
     log_path: Path
 
 
-def broker_like(running: Running, directory: Path, **options: float) -> Broker:
+def broker_like(running: Running, directory: Path, **options: Any) -> Broker:
     """A broker of a test's own, not started; its storage is formatted as that of a running one, which saves a Java process."""
     data, first = directory / "data", Path("__cluster_metadata-0", "00000000000000000000-0000000000.checkpoint")
     (data / first).parent.mkdir(parents=True)
     for name in ("meta.properties", first):
         shutil.copy(running.directory / "data" / name, data / name)
-    return Broker(directory, free_port(), heap_mb=256, **options)  # type: ignore[arg-type]
+    return Broker(directory, free_port(), heap_mb=256, **options)
 
 
 class OneKafka:

@@ -68,7 +68,7 @@ class S3Server:
     def cpu_s(self) -> float:
         """Processor time that it has taken."""
         assert self._process is not None
-        return sum(psutil.Process(self._process.pid).cpu_times()[:2])
+        return float(sum(psutil.Process(self._process.pid).cpu_times()[:2]))
 
     def bucket(self, name: str) -> str:
         """Makes a bucket; returns its URL."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from state.features.spec import Events, FeatureSpec, Mask, Vector, vectorise_many
+from state.features.arrays import Vector
+from state.features.spec import Events, FeatureSpec, Mask, vectorise_many
 
 
 def vectorise(history: Events, at_ms: int, before: int | None, mask: Mask, spec: FeatureSpec, user: int = 0) -> Vector:

@@ -105,7 +105,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with worktree(wanted.revision) as folder:
         for bench in wanted.benches or BENCHES:
-            other, this, loops_s = [], [], []
+            other: list[dict[str, tuple[float, str]]] = []
+            this: list[dict[str, tuple[float, str]]] = []
+            loops_s: list[float] = []
             for number in range(1, wanted.rounds + 1):
                 for name, where, runs in ((wanted.revision, folder, other), ("this", ROOT, this)):
                     loops_s.append(calibration_s())

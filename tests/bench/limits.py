@@ -193,7 +193,7 @@ class Measured:
     def holds(self, rate: float, hold_s: float) -> bool:
         """Whether answers keep up with `rate` clicks a second."""
         with self.offered(rate):
-            early, late = [], []
+            early, late = list[int](), list[int]()
             begin_s = time.monotonic()
             while (passed_s := time.monotonic() - begin_s) < hold_s:
                 progress.say(f"{self.name}: {rate:,.0f} clicks/s", f"{passed_s:.0f} of {hold_s:.0f} s")

@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -56,7 +57,7 @@ def record(number: int, known: NDArray[np.uint64], rng: np.random.Generator) -> 
     """One of the log's records: rows of users who are drawn alike, `RECORD_MS` after the record before."""
     at_ms = START_MS + RECORD_MS * number
     places = (ROWS, SPEC.recent_categories)
-    columns = {
+    columns: dict[str, NDArray[Any]] = {
         "user": known[rng.integers(0, len(known), ROWS)],
         "item": rng.integers(1, 100_000, ROWS).astype(np.uint64),
         "category": rng.integers(1, 65, ROWS).astype(np.uint64),

@@ -218,7 +218,7 @@ def measured(data: str, flags: Sequence[str], asked: argparse.Namespace, stages:
         "off": off,
         "off, tensorflow, whole records": load([*base, "--trainer.engine", "tensorflow", *private, *flags], {}),
     }
-    figures = {}
+    figures: dict[str, Figure] = {}
     one_period = mock.patch.object(private_step, "PERIOD_MS", 10**12)
     with one_period, tempfile.TemporaryDirectory(prefix="springtide-privacy-") as folder:
         for unit in asked.units:
@@ -244,7 +244,8 @@ def main() -> None:
     parser.add_argument("--epsilons", type=float, nargs="*", default=[8.0, 4.0, 1.0], help="budgets")
     parser.add_argument("--units", nargs="*", default=["user", "example"], choices=("user", "example"), help="units")
     asked, flags = parser.parse_known_args()
-    stages, figures = Stages("privacy"), {}
+    stages = Stages("privacy")
+    figures: dict[str, Figure] = {}
     for data in ("taobao", "kuairand"):
         if asked.only in (None, data):
             figures |= measured(data, flags, asked, stages)

@@ -70,7 +70,7 @@ def validated(
 
 def figures_of(table: Table) -> dict[str, float]:
     """The figures of a table: those of a baseline begin with its name, and Springtide's advantage over it is `above`."""
-    found = {}
+    found: dict[str, float] = {}
     for score in table.scores:
         where = "" if score.name == OURS else f"{score.name}."
         found |= {f"{where}{name}": figure.value for name, figure in score.figures.items() if figure.value is not None}

@@ -141,8 +141,10 @@ def read_impressions(settings: Settings, folder: Path = KUAIRAND) -> Recorded:
     table = pq.read_table(folder / "impressions.parquet").to_pydict()
     order = np.argsort(np.array(table["time_ms"]), kind="stable").tolist()
     keys = list(zip(table["user_id"], table["video_id"], table["time_ms"], strict=True))
-    seen: set[tuple[int, int, int]] = set()
-    order = [row for row in order if not (keys[row] in seen or seen.add(keys[row]))]  # type: ignore[func-returns-value]
+    firsts: dict[tuple[int, int, int], int] = {}
+    for row in order:
+        firsts.setdefault(keys[row], row)
+    order = [*firsts.values()]
     column = {name: [values[row] for row in order] for name, values in table.items()}
     events = np.zeros(len(order), EVENT)
     events["at_ms"] = column["time_ms"]

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -71,7 +72,7 @@ class Host:
     users: int
     seconds: float
 
-    def ask(self, stage: str, path: str, part: float = 1.0, **other: float) -> Taken:
+    def ask(self, stage: str, path: str, part: float = 1.0, **other: Any) -> Taken:
         """Asks for a part of the time; in one run after another, for there are two cores."""
         progress.say(stage)
         return measure(Load(self.port, path, self.users, self.seconds * part, **other))

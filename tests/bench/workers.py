@@ -136,7 +136,10 @@ def timings(group: Group | None) -> dict[str, float]:
             setattr(group, name, timed(getattr(group, name)))
     trainer = trainer_of(group)
     if group is not None and not group.leads:
-        trainer.follow(lambda trainer, version: None)  # type: ignore[attr-defined]
+        from trainer.engine.divided_step import DividedTrainer
+
+        assert isinstance(trainer, DividedTrainer)
+        trainer.follow(lambda trainer, version: None)
         return {}
     compute, exchange, wall = [], [], []
     for number in range(STEPS):

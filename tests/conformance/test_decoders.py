@@ -72,7 +72,7 @@ class Format:
 
     def parse(self, *records: object, options: Events | None = None) -> EventBatch:
         """Bytes are taken as they are, everything else is written first."""
-        values = [record if isinstance(record, bytes) else self.write(record) for record in records]
+        values: list[bytes | None] = [record if isinstance(record, bytes) else self.write(record) for record in records]
         return self.parser(options).parse([polled(values)])
 
     def reason(self, record: object, options: Events | None = None) -> str:

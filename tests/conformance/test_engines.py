@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -273,7 +274,7 @@ def batches(spec: FeatureSpec, count: int, rows: int = 64) -> list[MicroBatch]:
     made = []
     for batch in found:
         known = min(spec.sequence, batch.recent_categories.shape[1])
-        latest = {name: column.copy() for name, column in empty.items()}
+        latest: dict[str, Any] = {name: column.copy() for name, column in empty.items()}
         latest["sequence_categories"][:, :known] = batch.recent_categories[:, :known]
         latest["sequence_items"][:, :known] = batch.recent_categories[:, :known]
         latest["sequence_actions"] = (latest["sequence_items"] != 0).astype(np.uint16) * (1 + batch.action[:, None])

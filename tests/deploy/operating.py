@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -121,7 +121,7 @@ def draft(number: int, parent: int | None, epoch: int = 1, records: int | None =
     )
 
 
-def files(users: Sequence[int] = ()) -> dict[str, bytes]:
+def files(users: Collection[int] = ()) -> dict[str, bytes]:
     """The files of a version whose tables have these users."""
     ids = np.array(sorted(users), np.uint64)
     return {

@@ -150,7 +150,12 @@ def test_segments_are_told_with_their_sizes_and_a_keeper_that_is_away_is_wrong(t
 
 def test_kafka_lag_is_the_end_less_the_groups_position(tmp_path: Path, kafka_settings: Callable[..., Kafka]) -> None:
     kafka = kafka_settings()
-    found = until(lambda: not (one := kafka_lag(settings_of(tmp_path, kafka)))["away"] and one, "Kafka does not answer")
+
+    def reached() -> dict[str, Any] | None:
+        lag = kafka_lag(settings_of(tmp_path, kafka))
+        return None if lag["away"] else lag
+
+    found = until(reached, "Kafka does not answer")
     assert "topic" in found["problem"], "a broker without our topics is there"
     with Topics(kafka) as topics:
         topics.ensure(kafka.clicks_topic, 2)

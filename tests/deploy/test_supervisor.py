@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -26,8 +27,8 @@ DEADLINE_S = 120.0
 FOREVER = "import signal, threading; threading.Event().wait()"
 
 
-def python(name: str, code: str, **more: object) -> ProcessPlan:
-    return ProcessPlan(name, (sys.executable, "-c", code), **more)  # type: ignore[arg-type]
+def python(name: str, code: str, **more: Any) -> ProcessPlan:
+    return ProcessPlan(name, (sys.executable, "-c", code), **more)
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -139,7 +140,12 @@ def test_wrong_use_of_one_part_does_not_end_a_loop_that_ran(tmp_path: Path, line
     supervisor.settled = True
     assert collected.get_sample_value("springtide_up_settled") == 1
     supervisor.start(python("stream", "raise SystemExit(2)"))
-    until(lambda: (supervisor.poll(), bool(lines))[1])
+
+    def polled() -> bool:
+        supervisor.poll()
+        return bool(lines)
+
+    until(polled)
     assert lines[0].startswith("stream died (exit 2)")
 
 
@@ -219,7 +225,7 @@ time.sleep(600)
     # A container's first process may leave the dead child unburied.
     def gone() -> bool:
         try:
-            return psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+            return bool(psutil.Process(child).status() == psutil.STATUS_ZOMBIE)
         except psutil.NoSuchProcess:
             return True
 

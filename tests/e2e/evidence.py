@@ -266,6 +266,7 @@ def _waiting(store: HistoryStore) -> dict[bytes, bytes]:
     rows, form = dict(store.waiting()), WaitingRows(store).format
     if not rows:
         return {}
+    assert form is not None
     columns = form.unpack(list(rows.values()))
     parts = [columns[name].reshape(len(rows), -1).view(np.uint8) for name in columns if name not in ATTRIBUTES]
     return dict(zip(rows, [row.tobytes() for row in np.concatenate(parts, axis=1)], strict=True))

@@ -129,11 +129,10 @@ class Loop:
     def wait_until_up(self) -> None:
         """Returns once `up` says that everything runs."""
         process = self.process
+        assert process is not None
 
         def is_up() -> bool:
-            assert process is not None and process.poll() is None, (
-                f"up ended with {process.returncode}:\n{self.said()}\n{self.logs()}"
-            )
+            assert process.poll() is None, f"up ended with {process.returncode}:\n{self.said()}\n{self.logs()}"
             if not self.first_answer_s and self.profile(scrape.SAMPLE_USER):
                 self.first_answer_s = time.monotonic() - self._begun_s
             return "9/9" in self.said_since_start()
@@ -181,7 +180,7 @@ class Loop:
         for process in self.processes():
             try:
                 if MODULES[name] in process.cmdline():
-                    return process.pid
+                    return int(process.pid)
             except psutil.Error:
                 continue
         return None

@@ -24,7 +24,7 @@ from state.errors import LogError
 from state.events.identity import load_salt
 from state.history.store import HistoryStore
 from state.layout import HISTORIES, ROWS
-from state.log import Reader
+from state.log import Log, Reader
 from state.metrics import ApplierMetrics
 from state.microbatch.batch import trim
 from state.microbatch.codec import decode
@@ -148,7 +148,7 @@ class Training:
 class Applying:
     """Serving's applier: versions into rows, micro-batches into histories."""
 
-    def __init__(self, settings: Settings, log: MemoryLog) -> None:
+    def __init__(self, settings: Settings, log: Log) -> None:
         self._settings, self._log = settings, log
         folder, metrics = settings.serving_dir, ApplierMetrics(CollectorRegistry())
         self._rows = RowStore(folder / ROWS, 1 << 27)
@@ -173,6 +173,7 @@ class Applying:
 
         more = self._versions.step()
         control = self._registry.control()
+        assert control is not None
         turned = self._clicks.follow_branch(control.log, control.mask, open_at)
         if not self._clicks.connected:
             self._clicks.connect(self._log, topic)
@@ -277,7 +278,8 @@ class SmallLoop:
 
     def records(self) -> list[tuple[Any, Mapping[str, bytes]]]:
         """What counts in the log: of each record with new rows its ranges and their columns as bytes."""
-        found, marks = [], dict[Source, int]()
+        found: list[tuple[Any, Mapping[str, bytes]]] = []
+        marks = dict[Source, int]()
         for record in self.log.records(self.settings.kafka.microbatches_topic):
             made = decode(record.value or b"")
             if log_line.counts(self.control.log, made.header.log_epoch, record.offset):
@@ -296,7 +298,7 @@ class SmallLoop:
         for name in ("stream", "applier"):
             self.end(name)
         assert serving_differs(self.settings, self.registry) == []
-        stores = {}
+        stores: dict[str, Any] = {}
         for name, path in (("stream", self.settings.stream_dir), ("serving", self.settings.serving_dir)):
             store = HistoryStore(path / HISTORIES, self.settings.features.history, 1 << 27, readonly=True)
             stores[name] = (store.digest(), store.users(), store.positions())

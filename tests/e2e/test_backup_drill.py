@@ -214,7 +214,7 @@ def test_where_kafka_is_lost_too_what_was_learned_goes_on_in_another_log(tmp_pat
     # 4. A restart goes on from there.
     loop.end("trainer")
     loop.click(*clicks(sent + BATCH + MORE, MORE))
-    before = loop.newest.version
+    version = loop.newest.version
     loop.settle()
-    assert loop.newest.version > before
+    assert loop.newest.version > version
     loop.close()

@@ -122,7 +122,8 @@ def variables(box: Box, folder: Path, here: Mapping[str, str]) -> dict[str, str]
     if box.name == "console":
         # No name service here.
         found["SPRINGTIDE_SERVING_HOST"] = "localhost"
-    return found | here | {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return {**found, **here, "PYTHONPATH": str(ROOT), "PATH": path}
 
 
 @pytest.fixture

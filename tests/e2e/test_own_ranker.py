@@ -110,9 +110,10 @@ def test_a_flood_is_held_and_the_rollback_that_status_prints_heals(loop: Loop, w
             return held()
 
         control = until(flooded, "a flood is not held")
-    assert control.held is not None
+    suspect = control.held
+    assert suspect is not None
     # 1. Answers stay at a version that has learned none of it.
-    until(lambda: version(loop)["number"] == control.held.version, "answers do not turn")
+    until(lambda: version(loop)["number"] == suspect.version, "answers do not turn")
     sources = version(loop)["sources"]
     assert all(sources.get(source, 0) <= end for source, end in begin.items()), "its version is from before the flood"
     assert loop.metrics("trainer").value("springtide_trainer_held") == 1.0
@@ -120,7 +121,7 @@ def test_a_flood_is_held_and_the_rollback_that_status_prints_heals(loop: Loop, w
     # 2. Status says what, why and from where, and what to type.
     state = loop.springtide("status")
     found = state["held"]
-    assert found["rule"] == control.held.rule
+    assert found["rule"] == suspect.rule
     assert not 0.7 * found["usual"] < found["signal"] < 1.4 * found["usual"], "numbers that tell"
     assert f"partition {found['clicks'][0]['partition']} offset {found['clicks'][0]['first']}" in found["words"]
     program, command, *words = shlex.split(found["commands"][0])
@@ -138,7 +139,9 @@ def test_a_flood_is_held_and_the_rollback_that_status_prints_heals(loop: Loop, w
     until(healed, "answers do not follow into the new epoch", 400.0)
     ends = loop.click([("honest", "book", "reading", "view")])
     answer = until(
-        lambda: healed() and loop.if_trained_on("honest", ends), "no version has learned from an honest click", 400.0
+        lambda: loop.if_trained_on("honest", ends) if healed() else None,
+        "no version has learned from an honest click",
+        400.0,
     )
     assert answer["version"]["epoch"] > epoch
     assert held() is None

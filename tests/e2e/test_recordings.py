@@ -80,7 +80,7 @@ def springtide(settings: Settings, *words: str) -> list[str]:
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+    return str(done.stdout).splitlines()
 
 
 def sent(settings: Settings) -> int:

@@ -22,7 +22,7 @@ from state.features.mask import Mask
 from state.history import rewinding
 from state.history.store import HistoryStore
 from state.positions import Source
-from state.registry.control import Control, follow, roll_back
+from state.registry.control import Control, Decision, follow, roll_back
 from state.registry.log_line import turned
 from state.registry.manifest import Manifest
 from state.registry.registry import Registry
@@ -333,7 +333,7 @@ class LabelledStream:
 
     def go_back(self, mask: Mask) -> None:
         line = turned(self.loop.control.log, 1, self.offset, self.end(), self.sources)
-        who = {"actor": "ann", "reason": "bots", "now_ms": 5}
+        who: Decision = {"actor": "ann", "reason": "bots", "now_ms": 5}
         self.loop.registry.change(lambda now: roll_back(now, 1, mask, log=line, **who))
 
     def content(self) -> dict[str, Any]:

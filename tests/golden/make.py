@@ -30,16 +30,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lmdb
 import numpy as np
 from kafka import KafkaConsumer, TopicPartition
 from prometheus_client import CollectorRegistry
 
-from deploy.local_kafka import Broker, free_port
+from deploy.local_kafka import Broker
 from deploy.replaying.shoppers import Population, ShopperCrowd
-from deploy.serving.answers.host import CAUGHT_UP_EXTRA
 from deploy.serving.applier import FETCH_S, Applier
+from deploy.serving.host_files import CAUGHT_UP_EXTRA
 from springtide_client import __version__ as RELEASE
 from state.config.loading import load
 from state.config.sections import Kafka
@@ -52,6 +53,7 @@ from state.log import Log, Topics, Writer, client_options, partition_of
 from state.metrics import TrainerMetrics
 from state.microbatch.codec import decode
 from state.process.environment import Clocks
+from state.process.network import free_port
 from state.registry.control import follow, pin, roll_back, start
 from state.registry.registry import Registry
 from streaming import bootstrap
@@ -402,13 +404,13 @@ def clicks_of(settings: Settings, clicks: int) -> list[tuple[str, int, bytes]]:
     for user, item, category, action, at_ms in zip(
         made.users, made.items, made.categories, made.actions, made.at_ms.tolist(), strict=True
     ):
-        click: dict[str, object] = {"user": user, "item": item, "category": category, "action": action, "time": at_ms}
+        click: dict[str, Any] = {"user": user, "item": item, "category": category, "action": action, "time": at_ms}
         if settings.events.context:
             click["device"] = ("phone", "desktop")[int(chance.random() < 0.3)]
         found.append(click)
         if settings.labels.impressions and action == "favorite" and chance.random() < 0.5:
             found.append(click | {"action": "cart", "time": at_ms + 1 + int(chance.integers(4_000_000))})
-    found.sort(key=lambda click: click["time"])  # type: ignore[arg-type, return-value]
+    found.sort(key=lambda click: click["time"])
     rows = [(str(click["user"]), int(str(click["time"])), json.dumps(click).encode()) for click in found]
     # Records that are no clicks.
     rows.insert(100, ("shopper-1", rows[100][1], b"{not json"))
@@ -431,9 +433,9 @@ def fill(settings: Settings) -> None:
             writer.send(wanted.user_topic, 0, f"shopper-{number}".encode(), json.dumps(record).encode(), (), START_MS)
         for category in range(CATEGORIES):
             for rank in range(4):
-                record = {"brand": f"brand-{category % 5}", "price": round(float(chance.uniform(1, 90)), 2)}
+                of_item = {"brand": f"brand-{category % 5}", "price": round(float(chance.uniform(1, 90)), 2)}
                 key = f"item-{category:02d}-{rank:03d}".encode()
-                writer.send(wanted.item_topic, 0, key, json.dumps(record).encode(), (), START_MS)
+                writer.send(wanted.item_topic, 0, key, json.dumps(of_item).encode(), (), START_MS)
         # Somebody who changed their mind, and somebody who is forgotten.
         writer.send(wanted.user_topic, 0, b"shopper-2", b'{"age_band":"65+"}', (), START_MS + 1)
         writer.send(wanted.user_topic, 0, b"shopper-4", None, (), START_MS + 1)

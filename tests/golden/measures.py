@@ -13,6 +13,7 @@ import lmdb
 import numpy as np
 
 from deploy.serving.answers.host import Host
+from springtide_client.answers import Profile
 from state.config.settings import Settings
 from state.events.identity import load_salt
 from state.history.store import HistoryStore
@@ -158,6 +159,7 @@ def rows_of(path: Path) -> Document:
     store = RowStore(path, MAP_BYTES, readonly=True)
     with store.reader() as reader:
         served = reader.served()
+        assert served is not None
         dense = reader.dense(served.version)
         sha = hashlib.sha256()
         for name, weight in sorted(dense.items()):
@@ -185,20 +187,22 @@ def answers_of(settings: Settings, at_ms: int, users: Sequence[str], item: str) 
         answers = [predictor.profile(user, item=item, context=context, at_ms=at_ms) for user in users]
     finally:
         host.close()
-    return [
-        {
-            "user": answer.user_id,
-            "known": answer.known,
-            "version": answer.version.number,
-            "interests": [[one.id, one.probability] for one in answer.interests],
-            "labels": [one.label for one in answer.interests],
-            "engagement": answer.engagement and answer.engagement.probability,
-            "attributes": dict(answer.attributes),
-            "vector": [round(float(value), 7) for value in answer.vector],
-            "features_sha256": hashlib.sha256(json.dumps(answer.features, sort_keys=True).encode()).hexdigest(),
-        }
-        for answer in answers
-    ]
+    return [_document(answer) for answer in answers]
+
+
+def _document(answer: Profile) -> Document:
+    assert answer.attributes is not None and answer.vector is not None
+    return {
+        "user": answer.user_id,
+        "known": answer.known,
+        "version": answer.version.number,
+        "interests": [[one.id, one.probability] for one in answer.interests],
+        "labels": [one.label for one in answer.interests],
+        "engagement": answer.engagement and answer.engagement.probability,
+        "attributes": dict(answer.attributes),
+        "vector": [round(float(value), 7) for value in answer.vector],
+        "features_sha256": hashlib.sha256(json.dumps(answer.features, sort_keys=True).encode()).hexdigest(),
+    }
 
 
 def differences(expected: Any, found: Any, tolerance: float = 0.0, path: str = "") -> list[str]:

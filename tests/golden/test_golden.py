@@ -27,7 +27,7 @@ from state.microbatch.codec import decode, encode
 from state.process.environment import Clocks
 from state.ranking.transitions import pack, signs_of
 from state.ranking.transitions import unpack as unpack_rows
-from state.registry.control import follow, pin, roll_back
+from state.registry.control import Decision, follow, pin, roll_back
 from state.registry.registry import Registry
 from state.registry.specs import SpecActions
 from state.rows.store import RowStore
@@ -286,7 +286,7 @@ def test_0_1_0_finds_its_own_version_again_once_the_system_went_back_to_it(tmp_p
         document: dict[str, Any] = json.loads(unseal(path.read_bytes()))
         return document
 
-    said = {"actor": "ann", "reason": "test", "now_ms": 7}
+    said: Decision = {"actor": "ann", "reason": "test", "now_ms": 7}
     upgrade.propose(registry, changed(settings), registry.manifest(version), {}, **said)
     assert newest()["format"] == 2
     registry.change(lambda now: pin(now, version, **said))

@@ -231,7 +231,9 @@ def test_the_console_finds_the_other_parts_where_services_are() -> None:
     urls = scrape.urls(settings)
     assert urls.keys() == {"stream", "trainer", "applier", "worker"}
     for url in urls.values():
-        host, port = re.fullmatch(r"http://([a-z-]+):(\d+)/metrics", url).groups()  # type: ignore[union-attr]
+        match = re.fullmatch(r"http://([a-z-]+):(\d+)/metrics", url)
+        assert match is not None, url
+        host, port = match.groups()
         assert int(port) in ports[host], url
 
 

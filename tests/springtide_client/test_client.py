@@ -54,7 +54,7 @@ class Network(httpx.AsyncBaseTransport):
     """Carries requests to the application; `faults` happen to the first requests instead."""
 
     def __init__(self, app: App, *faults: Fault) -> None:
-        self._to_app = httpx.ASGITransport(app=app)  # type: ignore[arg-type]
+        self._to_app = httpx.ASGITransport(app=app)
         self._faults = list(faults)
         self.carried = 0
 
@@ -181,7 +181,7 @@ def test_the_client_has_a_call_for_every_route(app: App) -> None:
 
     versions: list[dict[str, Any]] = [{}, {"version": 7}, {"label": "stable"}]
     with Client(URL, http=httpx.AsyncClient(transport=Recorder())) as client:
-        for call, *words in (
+        calls: tuple[tuple[Any, ...], ...] = (
             *((one, "ann") for one in (client.profile, client.recommend, client.similar, client.explain)),
             *((one,) for one in (client.segments, client.hosts, client.ready)),
             *((one, "busy") for one in (client.segment, client.lookalikes)),
@@ -194,7 +194,8 @@ def test_the_client_has_a_call_for_every_route(app: App) -> None:
                 for one in (partial(client.model_status, **of), partial(client.model_metadata, **of))
             ),
             *((partial(client.predict, **of), [{}]) for of in versions),
-        ):
+        )
+        for call, *words in calls:
             with pytest.raises(Refused, match="recorded"):
                 call(*words)
     paths = ask(app, "GET", "/openapi.json").json()["paths"]

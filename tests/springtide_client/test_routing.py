@@ -13,7 +13,8 @@ from springtide_client import AsyncClient
 from springtide_client.answers import ServingHost
 from springtide_client.client import AVOIDED_S, TABLE_S, Routes
 from tests.deploy.serving.conftest import lowered as lowered
-from tests.deploy.serving.test_routing import NOW_MS, USERS, Network, of_shares
+from tests.deploy.serving.stocked import NOW_MS
+from tests.deploy.serving.test_routing import USERS, Network, of_shares
 from tests.deploy.serving.test_routing import network as network
 
 

@@ -28,7 +28,8 @@ def context_of(**owned: Any) -> StreamContext:
         "leaders": SimpleNamespace(note=lambda *_: None),
         "room": SimpleNamespace(wait_for=lambda act, what: act()),
     }
-    return StreamContext(**dict.fromkeys(one.name for one in fields(StreamContext)) | calm | owned)
+    parts: dict[str, Any] = dict.fromkeys(one.name for one in fields(StreamContext)) | calm | owned
+    return StreamContext(**parts)
 
 
 def batch_of(
@@ -54,7 +55,7 @@ def batch_of(
 def events(count: int, **columns: Any) -> EventBatch:
     """A batch with these columns; the others are empty or 0."""
     kinds = {"user": np.uint64, "item": np.uint64, "category": np.uint64, "action": np.uint8, "at_ms": np.int64}
-    plain = {
+    plain: dict[str, Any] = {
         **{name: np.zeros(count, kind) for name, kind in kinds.items()},
         "label": np.full(count, np.nan, np.float32),
         "weight": np.ones(count, np.float32),

@@ -150,7 +150,12 @@ def headers_of(kafka: Kafka, topic: str) -> list[dict[str, str]]:
         consumer.seek_to_beginning()
         end = consumer.end_offsets([partition])[partition]
         found: list[dict[str, str]] = []
-        until(lambda: found.extend(_polled(consumer)) or consumer.position(partition) >= end, "headers")
+
+        def read() -> bool:
+            found.extend(_polled(consumer))
+            return bool(consumer.position(partition) >= end)
+
+        until(read, "headers")
         return found
     finally:
         consumer.close(autocommit=False)

@@ -91,7 +91,9 @@ def test_a_wrong_counter_in_the_store_is_found_and_said(store: HistoryStore, cap
     meta = environment.open_db(b"meta")
     with environment.begin(write=True) as transaction:
         key = b"p:" + str(CLICKS).encode()
-        counts = json.loads(transaction.get(key, db=meta))
+        stored = transaction.get(key, db=meta)
+        assert stored is not None
+        counts = json.loads(stored)
         transaction.put(key, json.dumps(counts | {"rows": 4}).encode(), db=meta)
     environment.close()
     spoiled = HistoryStore(store.path, map_bytes=1 << 26)

@@ -71,7 +71,8 @@ class Reading:
 
 
 def ascending(gaps: Iterable[int], begin_ms: int = 0) -> list[int]:
-    return (begin_ms + np.cumsum(list(gaps))).tolist()
+    found: list[int] = (begin_ms + np.cumsum(list(gaps))).tolist()
+    return found
 
 
 @st.composite

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 from state.microbatch.batch import Kind
 from state.positions import MOST_LEARNED
+from state.user_shares import SHARES
 from streaming import labels
 from streaming.labels import (
     IMPRESSION,
     MOST_EXPIRED,
     OUTCOME,
     PLAIN,
-    SHARES,
     Arrived,
     Limits,
     Queue,
@@ -238,8 +238,8 @@ def test_a_click_at_the_end_of_the_wait_joins_and_one_after_it_does_not() -> Non
 
 
 def test_a_stretch_of_any_length_without_events_costs_no_more_than_what_waits() -> None:
-    queue, nobody = Queue.of(1, 1), np.empty(0, np.int64)
-    none = Arrived(np.empty(0, np.uint8), *[nobody] * 4, *[nobody.view(np.uint64)] * 2)
+    queue, nobody, pair = Queue.of(1, 1), np.empty(0, np.int64), np.empty(0, np.uint64)
+    none = Arrived(np.empty(0, np.uint8), nobody, nobody, nobody, nobody, pair, pair)
     whole = Segments(*(np.array([one]) for one in (0, 0, 10**15, 0, 7, 500)))
     assert len(attribute(queue, none, whole, Limits(WAIT_MS, 9))[1].by) == 0
 

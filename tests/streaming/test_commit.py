@@ -14,7 +14,7 @@ import pytest
 from state.accounts import StreamAccount, check_accounts
 from state.config.sections import Kafka
 from state.errors import LogError, PositionConflict, StoreFull, UnreachableBroker
-from state.events.decoding import DeadLetter
+from state.events.decoding import DeadLetter, Reason
 from state.history.appends import Appends
 from state.log import topic_plan
 from state.microbatch.codec import decode
@@ -39,7 +39,7 @@ def shard(tmp_path: Path) -> Iterator[Any]:
 
 def test_micro_batches_and_dead_letters_are_one_transaction(shard: Any) -> None:
     rows = piece((ZERO, 0, 3), dead=1)
-    letter = DeadLetter(ZERO, 3, "undecodable")
+    letter = DeadLetter(ZERO, 3, Reason.UNDECODABLE)
     object.__setattr__(rows.batch, "dead", (letter,))
     shard.take(rows)
     (batch,), (dead,) = shard.log.records("springtide.microbatches.v1"), shard.log.records("springtide.clicks.v1.dlq")
@@ -88,7 +88,7 @@ def test_a_group_that_cannot_be_told_is_logged_once_and_stops_nothing(
 def test_the_metrics_count_what_was_committed(shard: Any) -> None:
     rows = piece((ZERO, 0, 3), dead=1)
     rows.vectors.features[:, 1] = [0, 1, 1]
-    object.__setattr__(rows.batch, "dead", (DeadLetter(ZERO, 3, "undecodable"),))
+    object.__setattr__(rows.batch, "dead", (DeadLetter(ZERO, 3, Reason.UNDECODABLE),))
     shard.take(rows)
     metrics = shard.metrics
     assert metrics.events.labels("rows")._value.get() == 3
@@ -246,12 +246,13 @@ def test_a_stream_that_is_asked_to_stop_waits_for_no_room_and_reads_the_clicks_a
 
 def test_the_leaders_that_a_full_disk_refused_are_written_later(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "1m") as disk:
-        leaders, reader = Leaders(disk.path), SimpleNamespace(leader_epoch=lambda *_: 7)
+        leaders = Leaders(disk.path)
+        reader: Any = SimpleNamespace(leader_epoch=lambda *_: 7)
         full = disk.fill()
         part = Range(ZERO, 0, 5, rows=5)
         for _ in range(2):
             with pytest.raises(OSError, match="No space left"):
-                leaders.note([part], reader)  # type: ignore[arg-type]
+                leaders.note([part], reader)
         full.unlink()
-        leaders.note([part], reader)  # type: ignore[arg-type]
+        leaders.note([part], reader)
         assert Leaders(disk.path).at(ZERO.topic_id, {0: 5}) == {0: 7}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,7 +13,7 @@ from state.features.erased import Erased, MaskedUsers
 from state.features.mask import Mask
 from state.history.rewinding import branch_of
 from state.layout import CONTROL, HISTORIES
-from state.registry.control import follow, pin, roll_back, start
+from state.registry.control import Decision, follow, pin, roll_back, start
 from state.registry.controls import Controls
 from state.registry.hosts import erasure_reports
 from state.registry.log_line import WHOLE, turned
@@ -22,7 +21,7 @@ from streaming.control import POLL_S, ControlWatch, apply_erasures, compaction_i
 from tests.kills import killed_at
 from tests.state.history.test_forgetting import OTHER, SOURCE, USER, filled
 
-WHO: dict[str, Any] = {"actor": "ann", "reason": "bots", "now_ms": 5}
+WHO: Decision = {"actor": "ann", "reason": "bots", "now_ms": 5}
 LINE = turned(WHOLE, 1, 4, 9, ())
 
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from state.microbatch.batch import TOLERANCE_MS
 from state.positions import Range, Source
@@ -26,6 +23,7 @@ from streaming.event_clock import (
     believe,
     hear,
 )
+from tests.streaming.pieces import events
 
 BASE_MS = 1_700_000_000_000
 FAR_MS = 10 * TOLERANCE_MS
@@ -39,7 +37,8 @@ def heard(said: Said, known: Quorum | None = None, read_ms: int = BASE_MS) -> li
     at_ms = np.array([BASE_MS + time for _, time in said], np.int64)
     users = np.array([user for user, _ in said], np.uint64)
     clocks = hear(known or Quorum.of(2), np.full(len(said), KEY, np.int64), users, at_ms, read_ms)
-    return (clocks - BASE_MS).tolist()
+    since: list[int] = (clocks - BASE_MS).tolist()
+    return since
 
 
 def told(known: Quorum, times: list[int], now: int) -> tuple[list[int], list[int]]:
@@ -146,21 +145,15 @@ DAY_MS = 86_400_000
 WRONG_USER, CLICKS = 7, 1000
 
 
-class Clicks(NamedTuple):
-    user: NDArray[np.uint64]
-    at_ms: NDArray[np.int64]
-    source: NDArray[np.uint16]
-    offset: NDArray[np.int64]
-
-
 def follow(clock: EventClock, first: int, users: list[int], at_ms: int, now_ms: int) -> tuple[OffClock, ...]:
     """What the clock finds off in a batch of partition 0 that begins at offset `first`."""
     count = len(users)
-    clicks = Clicks(
-        np.array(users, np.uint64),
-        np.full(count, at_ms, np.int64),
-        np.zeros(count, np.uint16),
-        np.arange(first, first + count),
+    clicks = events(
+        count,
+        user=users,
+        at_ms=np.full(count, at_ms),
+        source=np.zeros(count, np.uint16),
+        offset=np.arange(first, first + count),
     )
     return clock.follow(clicks, [Range(SOURCE, first, first + count, count)], now_ms).off
 

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -138,9 +139,9 @@ class Run:
         self.update(batch, attributes)
         self.commit()
 
-    def rows(self) -> dict[tuple[int, int], tuple[object, ...]]:
+    def rows(self) -> dict[tuple[int, int], tuple[Any, ...]]:
         """What is learned from: (partition, own offset) -> all it says; each once."""
-        found: dict[tuple[int, int], tuple[object, ...]] = {}
+        found: dict[tuple[int, int], tuple[Any, ...]] = {}
         for batch in self.new():
             for index in np.flatnonzero(trained(batch.kind)).tolist():
                 place = (batch.header.ranges[batch.source[index]].source.partition, int(batch.opened[index]))

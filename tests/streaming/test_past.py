@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
@@ -105,7 +106,7 @@ def comes_with_the_log(marks: dict[Source, int], place: Place) -> bool:
     cut_rows=st.integers(1, 50),
     masks=st.booleans(),
 )
-@settings(max_examples=25, deadline=None)
+@hypothesis_settings(max_examples=25, deadline=None)
 def test_each_row_is_that_of_the_stream_to_the_last_bit_and_learned_once_on_one_side_of_the_cut(
     tmp_path_factory: pytest.TempPathFactory,
     log: list[Click],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,7 +38,7 @@ from tests.vectors import vectorise
 
 SPEC = FeatureSpec(windows_s=(60, 600, 7200), half_lives_s=(30, 900), history=16, recent_categories=5, sequence=7)
 BASE_MS = 1_700_000_000_000
-Click = tuple[int, int, int, int, int]
+Click = tuple[int, int, int, int, float]
 streams = st.lists(
     st.tuples(
         st.integers(1, 4),  # user
@@ -52,7 +52,7 @@ streams = st.lists(
 )
 
 
-def batch_of(clicks: list[Click], following: list[int]) -> EventBatch:
+def batch_of(clicks: Sequence[Click], following: list[int]) -> EventBatch:
     """A batch with one range for each partition it has; `following` keeps the next offsets."""
     user, step, category, partition, label = (list(column) for column in zip(*clicks, strict=True))
     return pieces.batch_of(
@@ -67,7 +67,7 @@ def batch_of(clicks: list[Click], following: list[int]) -> EventBatch:
     )
 
 
-def batches_of(clicks: list[Click], sizes: Callable[[], int]) -> list[EventBatch]:
+def batches_of(clicks: Sequence[Click], sizes: Callable[[], int]) -> list[EventBatch]:
     made, following, place = [], [0, 0], 0
     while place < len(clicks):
         size = sizes()

@@ -8,6 +8,7 @@ from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
+from numpy.typing import NDArray
 
 from state.config.settings import Settings
 from state.features.spec import FeatureSpec
@@ -16,6 +17,8 @@ from state.positions import Range, Source
 from state.ranking.crosses import Crosses
 from trainer.engine import build
 from trainer.engine.step import Trainer
+from trainer.tables.id_table import IdTable
+from trainer.tables.table import Table
 
 SPEC = FeatureSpec()
 SOURCE = Source("ab" * 16, 1)
@@ -24,9 +27,14 @@ START_MS = 1_700_000_000_000
 
 def with_tables(settings: Settings, capacity: int, crosses_of_a_row: int = build.CROSSES_OF_A_ROW) -> Trainer:
     """A trainer in its first state, whose tables begin with `capacity` rows."""
-    sizes = {"CAPACITY": capacity, "CROSSES_OF_A_ROW": crosses_of_a_row}
-    with mock.patch.multiple(build, **sizes):
+    with mock.patch.multiple(build, CAPACITY=capacity, CROSSES_OF_A_ROW=crosses_of_a_row):
         return Trainer(settings, SPEC)
+
+
+def rows_of(table: IdTable, places: NDArray[np.int32]) -> NDArray[np.float32]:
+    """A copy of rows of a table of vectors, `[k, dim]` float32."""
+    assert isinstance(table, Table)
+    return table.gather(places)
 
 
 def without_network(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from state.microbatch.batch import Header
 from state.microbatch.codec import decode, encode
 from state.process.environment import Clocks
 from state.registry.control import start
-from state.registry.manifest import Draft, LogRange
+from state.registry.manifest import Draft, Kind, LogRange
 from state.registry.registry import Registry
 from state.storage import Room
 from tests.memory_log import MemoryLog
@@ -61,7 +61,7 @@ def started(path: Path) -> Registry:
 
 
 def draft(parent: int | None, **changes: Any) -> Draft:
-    kind = "base" if parent is None else "delta"
+    kind: Kind = "base" if parent is None else "delta"
     return replace(Draft(kind, 1, parent, LogRange(), (), 0, 0, 0, 0, SPEC.digest, "", ""), **changes)
 
 

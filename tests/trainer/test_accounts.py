@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -211,9 +212,9 @@ def ann_for_records(*offsets: str) -> Consent:
     return Consent(actor="ann", reason="a test wrote it", records=tuple(map(parse_records, offsets)))
 
 
-def with_header(value: bytes, **changes: str) -> bytes:
+def with_header(value: bytes, **changes: Any) -> bytes:
     batch = decode(value)
-    return encode(replace(batch.header, **changes), batch.columns)  # type: ignore[arg-type]
+    return encode(replace(batch.header, **changes), batch.columns)
 
 
 def digest_of(path: Path, records: Sequence[bytes]) -> str:

@@ -220,7 +220,7 @@ class Wide(TwoTower):
 class Idle(TwoTower):
     def __init__(self, settings: Model, spec: FeatureSpec, preprocessing: Any = None) -> None:
         super().__init__(settings, spec, preprocessing)
-        self.dense["idle"] = tf.Variable([0.0], name="idle")
+        self.dense = {**self.dense, "idle": tf.Variable([0.0], name="idle")}
 
 
 class Forgetful(TwoTower):
@@ -261,7 +261,7 @@ taken = with_tables({"cross": 4}, *own_rows("cross", "item"))
 reserved = with_tables({"dense": 4}, *own_rows("dense", "item"))
 misnamed = with_tables({"Items": 4}, *own_rows("Items", "item"))
 empty = with_tables({"items": 0}, *ITEMS)
-broken = with_tables({"items": 1.5}, *ITEMS)  # type: ignore[dict-item]
+broken = with_tables({"items": 1.5}, *ITEMS)  # type: ignore[dict-item]  # a width that is no whole number, as a ranker may give
 alone = with_tables({"items": 4})
 unsized = with_tables({}, *ITEMS)
 not_own = with_tables({}, *own_rows("item", "sequence_items"))
@@ -358,7 +358,9 @@ def test_an_example_learns_what_comes_next() -> None:
     assert trainer.engine.name == engine_name(trainer.settings, trainer.ranker(), trainer.device) == "tensorflow"
     made = micro_batch(96)
     drawn = np.random.default_rng(5)
-    events = {key: drawn.integers(1, 5, (96, spec.sequence)).astype(kind) for key, kind in SEQUENCES.items()}
+    events: dict[str, Any] = {
+        key: drawn.integers(1, 5, (96, spec.sequence)).astype(kind) for key, kind in SEQUENCES.items()
+    }
     batch = dataclasses.replace(made, **events)
     losses = [trainer.step(batch).interest_log_loss for _ in range(30)]
     assert np.isfinite(losses).all()

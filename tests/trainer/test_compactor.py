@@ -17,7 +17,7 @@ from state.disk.lock import DirectoryLock
 from state.file_store import DirectoryStore
 from state.history import snapshots
 from state.history.snapshots import HistorySnapshot, SnapshotFile, UserRange
-from state.registry.control import start
+from state.registry.control import Decision, start
 from state.registry.manifest import FileEntry, Manifest, complete, extend, sees
 from state.registry.registry import Registry
 from tests.kills import killed_at
@@ -28,7 +28,7 @@ from trainer.compactor import DAY_MS, HOUR_MS, Tiers, compact, plan, thin
 from trainer.engine.step import Trainer
 from trainer.versions import checkpoint, content
 
-WHO = {"actor": "test", "reason": "test", "now_ms": 0}
+WHO: Decision = {"actor": "test", "reason": "test", "now_ms": 0}
 TIERS = Tiers(each_ms=HOUR_MS, thin_ms=DAY_MS, sparse_ms=7 * DAY_MS)
 
 
@@ -43,7 +43,7 @@ def test_a_base_is_the_trainers_state_bit_for_bit(tmp_path: Path) -> None:
         if number == 30:
             compact(registry)
     made = compact(registry)
-    assert made.version == version
+    assert made is not None and made.version == version
     assert registry.chain(version).deltas == []
     state = checkpoint.full(trainer)
     # Measures that decide nothing are in a base too, and no part of the state.
@@ -102,7 +102,8 @@ class Line:
 
 def test_versions_are_thinned_after_an_hour_and_again_after_a_day() -> None:
     """Ten days of a version each five minutes, thinned each twenty minutes."""
-    line, version, last = Line(), 1, ((1, 1),)
+    line, version = Line(), 1
+    last: tuple[tuple[int, int], ...] = ((1, 1),)
     tiers = replace(TIERS, load_bytes=5_000)
     end = 10 * DAY_MS
     for now in range(0, end + 1, 1_200_000):
@@ -198,7 +199,7 @@ def test_an_operators_compactor_waits_until_the_trainers_own_is_done_and_says_wh
     trainer.step(batches(0, 1)[0])
     second = publish(registry, trainer, first, created_at_ms=10**15)
     at_work = DirectoryLock(registry.path, layout.COMPACTOR_LOCK).acquire()
-    monkeypatch.setattr(compactor.time, "sleep", lambda _: at_work.release())
+    monkeypatch.setattr("trainer.compactor.time.sleep", lambda _: at_work.release())
     settings = small_settings("--paths.state", str(tmp_path))
     tiers = replace(compactor.tiers_of(settings), load_bytes=1000)
     monkeypatch.setattr(compactor, "tiers_of", lambda _: tiers)

@@ -11,7 +11,7 @@ from state.features.mask import Mask
 from state.log import Log
 from state.microbatch.codec import decode, encode
 from state.registry import log_line, sharing
-from state.registry.control import Control, pin, publish, roll_back, train, unmask
+from state.registry.control import Control, Decision, pin, publish, roll_back, train, unmask
 from state.registry.manifest import LogRange
 from state.registry.registry import Registry
 from tests.state.registry.hosts import away
@@ -22,7 +22,7 @@ from tests.trainer.test_verify import asked, started_with_spec
 from trainer.learner import Learner
 
 RECORDS = [microbatch(number) for number in range(24)]
-WHO: dict[str, Any] = {"actor": "ann", "reason": "test", "now_ms": 5}
+WHO: Decision = {"actor": "ann", "reason": "test", "now_ms": 5}
 
 
 def under(value: bytes, generation: int) -> bytes:
@@ -141,6 +141,7 @@ def test_while_a_shared_registry_is_away_serving_waits_and_follows_later(tmp_pat
         assert control is not None and control.serving.mode == "pin" and running.place.next == 2 * len(RECORDS)
     while (control := registry.control()) is not None and control.serving.mode == "pin":
         running.tick(0.0)
+    assert control is not None
     assert (control.action, control.epoch, control.actor.startswith("trainer")) == ("follow", 2, True)
     assert registry.manifest(registry.newest(2) or 0).rows == 24 * 40 - running.place.masked, "everything is published"
 
@@ -238,6 +239,7 @@ def test_after_an_exact_rollback_the_bits_are_those_of_a_log_without_the_poison(
     assert found.outcome == "equal", found.text()
     # 3. What the log abandoned is off the line; what it kept is on it.
     control = registry.control()
+    assert control is not None
     assert control.mode == "exact"
     on_line = [log_line.has(control.log, at.epoch, at.next) for at in _logs(registry, early, to, poisoned, newest)]
     assert on_line == [True, True, False, True]

@@ -21,7 +21,7 @@ from state.features.erased import MaskedUsers
 from state.features.mask import Mask
 from state.microbatch.codec import decode
 from state.positions import Source
-from state.registry.control import erase, roll_back
+from state.registry.control import Decision, erase, roll_back
 from state.registry.registry import Registry
 from tests.memory_log import MemoryLog
 from tests.trainer.clicks import SMALL, SPEC, TOPIC, microbatch, small_settings
@@ -198,7 +198,7 @@ def test_a_trial_of_the_same_model_goes_live_while_the_live_trainer_runs(live: L
         enter(control)
         entered.append(checkpoint.digest(live.trainers["live"]))
 
-    running.enter = look  # type: ignore[method-assign]
+    running.enter = look  # type: ignore[method-assign]  # of this trainer alone
     run_to_end(running)
     running.close()
     assert entered == [learned]
@@ -217,7 +217,7 @@ def test_an_erasure_reaches_a_trial_and_is_reported_as_pending_until_then(
     live.asks("start", "again")
     user = next(int(one) for one in decode(RECORDS[4]).user if (decode(RECORDS[7]).user == one).any())
     until = [(Source(TOPIC, part).topic, part, 20 * 16) for part in (0, 1)]
-    who: dict[str, Any] = {"actor": "ann", "reason": "asked to", "now_ms": 9}
+    who: Decision = {"actor": "ann", "reason": "asked to", "now_ms": 9}
     control = live.registry.change(lambda now: erase(now, MaskedUsers.of([user]), until, **who))
     settings, own = live.settings(), live.own("again")
     assert {one.where for one in of_experiments(settings, control)} >= {"experiment again: the trainer"}

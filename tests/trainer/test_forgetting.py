@@ -12,7 +12,7 @@ from state.features.erased import MaskedUsers
 from state.features.mask import Mask
 from state.microbatch.codec import decode
 from state.positions import Source
-from state.registry.control import erase, roll_back
+from state.registry.control import Decision, erase, roll_back
 from state.registry.registry import Registry
 from tests.kills import killed_at
 from tests.trainer.clicks import TOPIC, microbatch
@@ -27,7 +27,7 @@ from trainer.versions import checkpoint, content
 
 RECORDS = [microbatch(number) for number in range(24)]
 BATCHES = [decode(value) for value in RECORDS]
-WHO: dict[str, Any] = {"actor": "ann", "reason": "asked to", "now_ms": 5}
+WHO: Decision = {"actor": "ann", "reason": "asked to", "now_ms": 5}
 KNOWN, READ = 10, 12
 """Records that were learned when the user was erased, and those that were written then."""
 
@@ -68,7 +68,7 @@ def held(running: Learner) -> tuple[bool, int]:
 
 def files_with(registry: Registry, ids: set[int]) -> set[str]:
     """The files of versions and bases in which one of the ids stands, in either order of bytes."""
-    forms = [one.to_bytes(8, order) for one in ids for order in ("little", "big")]  # type: ignore[arg-type]
+    forms = [one.to_bytes(8, order) for one in ids for order in ("little", "big")]
     paths = [path for folder in ("versions", "bases") for path in (registry.path / folder).rglob("*") if path.is_file()]
     return {
         str(path.relative_to(registry.path))

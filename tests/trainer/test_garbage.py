@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,8 +33,8 @@ def registry(tmp_path: Path) -> Registry:
     return made
 
 
-def publish(registry: Registry, parent: int | None, **changes: str) -> int:
-    return registry.publish(replace(draft(parent), **changes), {SERVING: b"rows"}).version  # type: ignore[arg-type]
+def publish(registry: Registry, parent: int | None, **changes: Any) -> int:
+    return registry.publish(replace(draft(parent), **changes), {SERVING: b"rows"}).version
 
 
 def test_programs_and_specs_go_that_no_kept_version_names(registry: Registry) -> None:

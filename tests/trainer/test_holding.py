@@ -238,6 +238,7 @@ def test_a_restart_remembers_the_windows(tmp_path: Path) -> None:
     found = held_of(registry)
     _, whole = stopped(tmp_path / "whole")
     expected = whole.control.held
+    assert expected is not None
     assert (found.rule, found.first, found.next, found.signal, found.clicks) == (
         expected.rule, expected.first, expected.next, expected.signal, expected.clicks
     )  # fmt: skip

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from state.errors import GapError, UnknownTopic
 from state.features.mask import Mask
 from state.positions import Source
 from state.process import killpoints
-from state.registry.control import Control, follow, pin, release, roll_back
+from state.registry.control import Control, Decision, follow, pin, release, roll_back
 from state.registry.registry import MOST_BETWEEN, SERVING, Registry
 from state.registry.tensor_files import unpack
 from state.rows.tables import tables_in
@@ -47,11 +48,11 @@ POISON = Mask(
 )
 
 
-def who(reason: str = "test") -> dict[str, Any]:
+def who(reason: str = "test") -> Decision:
     return {"actor": "ann", "reason": reason, "now_ms": 5}
 
 
-def state(running: Learner) -> tuple[str, int, dict[Source, int]]:
+def state(running: Learner) -> tuple[str, int, Mapping[Source, int]]:
     return bits_of(running), running.place.next, running.place.marks
 
 
@@ -150,9 +151,8 @@ def test_a_held_trainer_says_what_to_do_and_is_not_held_again_once_it_is_release
     running = learner(registry, log)
     assert running.tick(0.0) == 0, "a restart does not let it go"
 
-    for change in (pin, follow):
-        version = (1,) if change is pin else ()
-        registry.change(lambda control, change=change, version=version: change(control, *version, **who()))
+    for change in (partial(pin, version=1, **who()), partial(follow, **who())):
+        registry.change(change)
         assert running.tick(0.0) == 0, "neither says anything about training"
     registry.change(lambda control: release(control, actor="ann", reason="fine", now_ms=6, action=command))
     running.tick(0.0)

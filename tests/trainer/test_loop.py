@@ -130,7 +130,12 @@ def test_an_unreachable_broker_is_logged_once_and_stops_nothing(
     trainer.lag.poll()
     trainer.log.go_away()
     polls: list[int] = []
-    trainer.lag._position = lambda: (polls.append(0), trainer.taken)[1]
+
+    def position() -> Taken:
+        polls.append(0)
+        return trainer.taken
+
+    monkeypatch.setattr(trainer.lag, "_position", position)
     with caplog.at_level(logging.WARNING):
         trainer.lag.start()
         assert eventually(lambda: len(polls) > 5)

@@ -89,6 +89,7 @@ def test_a_pinned_version_stays_pinned(tmp_path: Path) -> None:
     log.cut_back(LOG, {0: KEPT})
     entered(registry, log).close()
     control = registry.control()
+    assert control is not None
     assert (control.epoch, control.serving.mode, control.serving.version) == (2, "pin", newest)
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from state.accounts import TrainerAccount, check_accounts
 from state.config.settings import Settings
+from state.disk.lock import DirectoryLock
 from state.errors import LockHeld, ModelMismatch, RegistryError, SaltMismatch, SpecMismatch, UnknownVersion
 from state.features.mask import Mask
 from state.features.spec import FeatureSpec
@@ -77,6 +78,7 @@ def test_an_upgrade_continues_where_the_old_model_was_and_back_again(
     said = decided(registry, *HIDDEN)
     require_same_model(settings(registry, *HIDDEN))
     control = registry.control()
+    assert control is not None
     assert (control.action, control.epoch, control.base, control.serving.mode) == ("upgrade", 2, version, "follow")
     assert control.plan is not None
     assert control.plan["model"]["hidden"] == "(24, 8)"
@@ -174,10 +176,12 @@ def test_learning_anew_starts_from_scratch_and_serving_waits_until_it_has_caught
     said = decided(registry, *HIDDEN, from_scratch=True)
     assert any("nothing is carried over" in line for line in said)
     control = registry.control()
+    assert control is not None
     assert (control.base, control.serving.version, control.serving.then_follow) == (None, before.place.parent, True)
     ours = learner(registry, log, trainer=trainers["hidden"])
     assert trainers["hidden"].counters.steps == 0
     control = registry.control()
+    assert control is not None
     assert control.serving.mode == "pin"
     run_to_end(ours)
     while ours._publications.busy or ours.place.changed:
@@ -187,6 +191,7 @@ def test_learning_anew_starts_from_scratch_and_serving_waits_until_it_has_caught
     ours.close()
     assert trainers["hidden"].counters.steps == 6
     control = registry.control()
+    assert control is not None
     assert (control.action, control.serving.mode, control.epoch) == ("follow", "follow", 2)
     assert control.reason == "caught up, as the upgrade asked"
 
@@ -230,6 +235,7 @@ def test_a_release_with_another_model_upgrades_automatically_and_other_settings_
     # The settings are the version's, and the weights of this release are others.
     upgrade_to_this_release(registry, here, SPEC, trainers["hidden"])
     control = registry.control()
+    assert control is not None
     assert (control.action, control.epoch, control.actor.startswith("trainer:")) == ("upgrade", 2, True)
     assert control.reason.startswith("this release has another model")
 
@@ -245,7 +251,7 @@ def test_nothing_is_changed_by_a_dry_run_nor_beside_a_trainer_nor_where_nothing_
     assert said[-1] == "dry run: nothing was changed"
     assert upgrade.run(settings(registry), False, False, "why", said.append, 7) is None
     assert said[-1].endswith("there is nothing to upgrade")
-    with upgrade.DirectoryLock(registry.path, "trainer.lock"), pytest.raises(LockHeld):
+    with DirectoryLock(registry.path, "trainer.lock"), pytest.raises(LockHeld):
         decided(registry, *HIDDEN)
     assert len(registry.controls()) == 1
     assert upgrade.main(["--paths.state", str(registry.path.parent)]) == 2

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from state.errors import GapError, LogError, UnknownVersion
 from state.features.mask import Mask
 from state.layout import CONTROL
 from state.log import Log
-from state.registry.control import Control, follow, pin, release, roll_back
+from state.registry.control import Control, Decision, follow, pin, release, roll_back
 from state.registry.registry import Registry
 from tests.memory_log import MemoryLog, MemoryReader
 from tests.trainer.clicks import SPEC, microbatch, small_settings
@@ -40,7 +40,7 @@ from trainer.engine import build, guard
 from trainer.verify import Comparison
 from trainer.versions import checkpoint, content
 
-PINS: dict[str, Any] = {"actor": "ann", "reason": "to and fro", "now_ms": 6}
+PINS: Decision = {"actor": "ann", "reason": "to and fro", "now_ms": 6}
 RECORDS = [microbatch(number) for number in range(20)]
 
 
@@ -83,7 +83,7 @@ def test_every_version_is_recomputed_whatever_happened_before(tmp_path: Path, mo
     newest = registry.newest(2) or 0
     # Of control only where epochs begin and end is read: years of pins cost nothing.
     for at in range(6):
-        registry.change(lambda one, at=at: pin(one, to, **PINS) if at % 2 == 0 else follow(one, **PINS))
+        registry.change(partial(pin, version=to, **PINS) if at % 2 == 0 else partial(follow, **PINS))
     (registry.path / CONTROL / "00000006.json").write_text("nobody reads it")
     before = names(registry)
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import psutil
@@ -154,7 +154,7 @@ def trained(
     for number, fault in enumerate(faults):
         learn = range(part * number, part * (number + 1))
         # A fault while a leader starts may come during its imports.
-        start = subprocess.Popen if fault is WHILE_STARTING else forked.Popen
+        start: type[subprocess.Popen[bytes]] = subprocess.Popen if fault is WHILE_STARTING else forked.Popen
         suffer(started(settings, stack, start), settings, registry, records, learn, fault)
     leader = started(settings, stack)
     write(settings, records[part * len(faults) :])
@@ -292,7 +292,7 @@ def test_means_of_the_moves_within_a_record_lead_as_far_as_the_moves(workers: in
     def moved(slots: FastSlots, moves: int) -> FastSlots:
         after = FastSlots(*(slot.copy() for slot in slots))
         for _ in range(moves):
-            move.py_func(after, np.array([0.5, -2.0, 0.0], np.float32), np.float32(0.01), 0)
+            cast(Any, move).py_func(after, np.array([0.5, -2.0, 0.0], np.float32), np.float32(0.01), 0)
         return after
 
     before = moved(FastSlots.of(np.zeros(3, np.float32)), 3000)

@@ -36,7 +36,7 @@ def export(folder: Path, model: Any) -> None:
     from trainer.exporting import saved_model
     from trainer.versions.program import sample
 
-    inputs = sample(model, KNOWN)
+    inputs: dict[str, Any] = {**sample(model, KNOWN)}
     kept = {name: value for name, value in inputs.items() if model.specs()[name].shape[0] is not None}
     saved_model.publish(saved_model.write(folder, int(VERSION), model, kept), int(VERSION))
     np.savez(folder / INPUTS, **inputs)

@@ -47,7 +47,11 @@ class System:
         self.registry.propose(roll_back(first, 2, masked, **WHO))
         publish(self.registry, 2, epoch=2)
         self.registry.specs.add_program(b"a program")
-        self.registry.specs.add_spec("5" * 64, {"about": 1}, lambda folder: (folder / "graph.pb").write_bytes(b"graph"))
+
+        def fill(folder: Path) -> None:
+            (folder / "graph.pb").write_bytes(b"graph")
+
+        self.registry.specs.add_spec("5" * 64, {"about": 1}, fill)
         self.registry.generations.add_outcome(2, "answered", {"seconds": 0.2})
         folder = self.settings.stream_dir
         folder.mkdir()

@@ -8,6 +8,7 @@ import shutil
 import stat
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -63,6 +64,7 @@ def test_what_is_restored_is_equal_bit_for_bit_and_says_who_restored_it(
     assert load_salt(there.salt_path, create=False) == load_salt(system.settings.salt_path, create=False)
     assert sorted(one.name for one in there.state_dir.iterdir()) == ["lock", "registry", "salt", "stream-0"]
     control = Registry(there.registry_dir).control()
+    assert control is not None
     assert (control.action, control.reason, control.epoch) == ("restore", f"restored backup {id_at(NOW_MS)}", 2)
 
 
@@ -87,9 +89,9 @@ def test_what_did_not_change_is_not_sent_again_and_a_file_of_a_version_not_even_
     read: list[str] = []
     opened = Path.open
 
-    def watched(path: Path, *arguments: object, **named: object) -> object:
+    def watched(path: Path, *arguments: Any, **named: Any) -> Any:
         read.append(path.as_posix())
-        return opened(path, *arguments, **named)  # type: ignore[arg-type]
+        return opened(path, *arguments, **named)
 
     monkeypatch.setattr(Path, "open", watched)
     assert sent(springtide(system.settings, "backup", str(to), "-o", "json", now_ms=NOW_MS + 1)) == 0 < first
@@ -316,6 +318,7 @@ def forget(system: System, *named: Named) -> None:
 
 def erased_in(path: Path) -> Erased:
     control = Registry(path).control()
+    assert control is not None
     return control.erased
 
 

@@ -127,12 +127,12 @@ def test_what_the_compactor_takes_away_while_it_is_copied_is_looked_for_again(
     opened = Path.open
     gone: list[str] = []
 
-    def vanishing(path: Path, *arguments: object, **named: object) -> object:
+    def vanishing(path: Path, *arguments: Any, **named: Any) -> Any:
         if not gone and "versions" in path.parts:
             gone.append(path.as_posix())
             merged(system.registry, 2, 1)
             system.registry.remove("delta", 2)
-        return opened(path, *arguments, **named)  # type: ignore[arg-type]
+        return opened(path, *arguments, **named)
 
     monkeypatch.setattr(Path, "open", vanishing)
     made = make(system.settings, open_store(str(tmp_path / "to")), Scope(), NOW_MS, lambda more: None)

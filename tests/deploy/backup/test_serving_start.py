@@ -83,8 +83,8 @@ def test_a_machine_that_did_not_serve_gets_none_but_where_nothing_else_has_the_c
 
 def test_a_restored_machine_that_did_not_serve_reads_a_snapshot_and_the_rest(tmp_path: Path) -> None:
     """The snapshot is in the shared location of the registry, and the log has lost its beginning."""
-    system, flags = System(tmp_path / "here"), ("--paths.shared_registry", str(tmp_path / "shared"))
-    flags += ("--kafka.microbatches_topic", LOG)
+    system = System(tmp_path / "here")
+    flags = ("--paths.shared_registry", str(tmp_path / "shared"), "--kafka.microbatches_topic", LOG)
     salt = load_salt(system.settings.salt_path).fingerprint
     other = Following(tmp_path / "other", written(record(0, 500, salt)), own_salt=salt)
     with taking(settings_of(tmp_path / "elsewhere", *flags), other) as host:

@@ -92,6 +92,7 @@ def test_relative_times_mean_what_they_meant_when_the_plan_was_shown(
     found = planned(operating, minutes=4)
     operating.post("/api/rollback", json={"plan": found["digest"], "confirm": found["plan"]["to"], "reason": "bots"})
     (mask,) = operator.registry.controls()[-1].masks
+    assert mask.times is not None
     assert [list(mask.times)] == found["plan"]["mask"]["times"]
 
 

@@ -15,7 +15,7 @@ from state.config.loading import load
 from state.config.settings import Settings
 from state.errors import UnknownTopic
 from state.experiments import evidence
-from state.experiments.evidence import LIVE, TRIAL, Exposure
+from state.experiments.evidence import LIVE, TRIAL, Arm, Exposure
 from state.experiments.experiment import By, Change, Experiment, Experiments
 from state.experiments.gate import RolloutReport
 from state.microbatch.batch import NAMES
@@ -43,11 +43,11 @@ class World:
     def driver(self) -> RolloutDriver:
         return RolloutDriver(self.settings, self.log, self.experiments, self.experiments.get("wider"), self.clock)
 
-    def expose(self, arm: str, users: range, step: int = 0, failed: bool = False) -> None:
+    def expose(self, arm: Arm, users: range, step: int = 0, failed: bool = False) -> None:
         """As workers do it, through files and the forwarder."""
         for user in users:
             self.spool.write(
-                evidence.encode_exposure(Exposure(f"{user:016x}", "wider", step, 0.5, arm, self.clock(), 900, failed))  # type: ignore[arg-type]
+                evidence.encode_exposure(Exposure(f"{user:016x}", "wider", step, 0.5, arm, self.clock(), 900, failed))
             )
         self.clock.now_ms += FILE_MS + SETTLED_MS
         assert self.forwarder.step() == len(users)

@@ -213,7 +213,8 @@ def test_where_a_rollout_is_asked_for_better_alone_is_not_enough(tmp_path: Path)
     assert shop.step(4 * HOUR_MS)
     shop.compare(shop.known.name, -0.5)
     assert not shop.step(25 * HOUR_MS)
-    assert shop.known.outcome == "dropped" and shop.known.reason.startswith("better, but its rollout did not end")
+    last = shop.known
+    assert last.outcome == "dropped" and last.reason.startswith("better, but its rollout did not end")
 
 
 def test_one_that_cannot_begin_failed_and_says_why(shop: Shop) -> None:

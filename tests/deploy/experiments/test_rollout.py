@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,10 @@ class ServedHost:
         self.log.close()
 
 
+def ended_or_ready(host: ServedHost) -> bool:
+    return host.process.poll() is not None or answers(host.port, "/readyz")
+
+
 class Site:
     """A live host and a trial's, and the users."""
 
@@ -102,7 +107,7 @@ class Site:
 
     def wait_until_ready(self) -> None:
         for host in (self.live, self.trial):
-            until(lambda host=host: host.process.poll() is not None or answers(host.port, "/readyz"), PATIENCE_S)
+            until(partial(ended_or_ready, host), PATIENCE_S)
             assert host.process.poll() is None, (host.folder / "log").read_text()
 
     def ask(self, number: int) -> tuple[str | None, int]:
@@ -124,7 +129,8 @@ class Site:
         self, rates: Mapping[str, float], over: Callable[[], bool], crowd: Iterable[Sequence[int]] | None = None
     ) -> list[tuple[int, str | None, int]]:
         """Users ask and engage, so often an answer as the rate of their arm says, until it is over."""
-        asked, deadline, random = [], time.monotonic() + PATIENCE_S, np.random.default_rng(next(self.seeds))
+        asked: list[tuple[int, str | None, int]] = []
+        deadline, random = time.monotonic() + PATIENCE_S, np.random.default_rng(next(self.seeds))
         self.newest = []
         for numbers in crowd or (random.integers(0, USERS, 100).tolist() for _ in itertools.count()):
             if over():
@@ -166,7 +172,7 @@ class Site:
     def said(self, *words: str) -> str:
         found = forked.run(self.command(*words), capture_output=True, text=True, timeout=PATIENCE_S)
         assert found.returncode == 0, found.stderr
-        return found.stdout
+        return str(found.stdout)
 
     def close(self) -> None:
         for process in self.driven:
@@ -244,7 +250,7 @@ def test_a_better_trial_comes_to_everybody_though_what_drives_it_is_killed(site:
     words = ("wider", "--steps", "30,60,100", "--every", "1s")
     site.begin("wider")
     driving = Driving(site, tmp_path / "log", *words)
-    rates = {TRIAL: 0.8, LIVE: 0.4}
+    rates: dict[str, float] = {TRIAL: 0.8, LIVE: 0.4}
     first = site.use(rates, lambda: driving.says("wider running, 0.6"))
     driving.kill()
     before = site.experiment

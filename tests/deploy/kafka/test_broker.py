@@ -65,7 +65,7 @@ def test_a_broker_that_ends_while_starting_is_quoted(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=5 * 2**20)
-    monkeypatch.setattr(broker_module.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr("deploy.local_kafka.shutil.disk_usage", lambda _: usage)
     with pytest.raises(KafkaFailed, match=r"5 MB free.*paths.state"):
         Broker(tmp_path, free_port()).start()
     assert list(tmp_path.iterdir()) == []

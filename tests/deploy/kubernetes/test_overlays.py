@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import kubernetes_validate
 import pytest
@@ -311,7 +312,7 @@ def test_over_an_object_store_no_volume_is_mounted_on_two_nodes() -> None:
     assert claims["springtide-registry"]["accessModes"] == ["ReadWriteOnce"]
     assert not any("ReadWriteMany" in spec["accessModes"] for spec in claims.values())
     own = sizes("large") | sizes_of(FOLDER / "components" / "object-store" / "kustomization.yaml")
-    beside, copies = set(), set()
+    beside, copies = set[str](), set[str]()
     for box in boxes(shared):
         assert box.told["image"] == f"springtide:{__version__}"
         assert box.settings(own).paths.shared_registry.startswith("s3://")
@@ -334,7 +335,8 @@ def sizing(overlay: str) -> Sizing:
     text = " ".join((FOLDER / "overlays" / overlay / "kustomization.yaml").read_text().split("\n# ")[:2]).split("`")[1]
     asked = dict(re.findall(r"--(\w+) ([\d.e]+)", text.replace("\n", " ")))
     assert asked.keys() == {"clicks", "users", "items", "answers"}
-    load = Load(**{name: float(value) for name, value in asked.items()})
+    figures: dict[str, Any] = {name: float(value) for name, value in asked.items()}
+    load = Load(**figures)
     return Sizing(load, next(boxes(documents(BASE))).settings(sizes(overlay)))
 
 

@@ -18,11 +18,12 @@ from state.features.mask import Mask
 from state.metrics import ApplierMetrics, TrainerMetrics, serve
 from state.process.network import free_ports
 from state.registry import control
+from state.registry.control import Decision
 from state.registry.log_line import WHOLE, turned
 from state.registry.registry import Registry
 from tests.deploy.operating import draft, files
 
-WHO = {"actor": "ann", "reason": "poison", "now_ms": 5}
+WHO: Decision = {"actor": "ann", "reason": "poison", "now_ms": 5}
 
 
 @pytest.fixture

@@ -84,6 +84,7 @@ def test_masks_are_listed_with_rows_and_users_and_lifted_by_number(operator: Ope
     with pytest.raises(UnfitMask, match="there is no mask 7"):
         operator("unmask", "7", "--reason", "typo")
     control = operator.registry.control()
+    assert control is not None
     assert ([one.id for one in control.masks], control.reason, control.action) == ([1], "it was a campaign", "unmask")
 
 
@@ -138,6 +139,7 @@ def test_status_says_rule_numbers_and_place_and_nothing_where_nothing_is_held(op
 def test_the_rollback_that_is_proposed_can_be_typed(operator: Operator) -> None:
     hold(operator)
     found = held_update(load(["--paths.state", str(operator.state)], {}))
+    assert found is not None
     program, *words = shlex.split(found["commands"][0])
     assert program == "springtide"
     assert "epoch 2 starts from version 3" in operator(*words, "--wait", "0")
@@ -159,6 +161,7 @@ def test_release_and_resume_let_go_what_is_held(operator: Operator) -> None:
         control = operator.registry.control()
         assert control is not None and control.held is None and control.serving.mode == "follow"
         assert (control.action, control.reason) == (command, "a sale")
+    assert control is not None
     assert control.released == (24, 34)
 
 

@@ -46,6 +46,7 @@ def test_control_names_the_pseudonym_up_to_the_ends_of_the_clicks_and_nobody_the
 ) -> None:
     said = erasing("erase", "--user", PLAIN, "--reason", "request 71")
     control = erasing.registry.control()
+    assert control is not None
     (made,) = control.erased
     assert list(made.users) == [user_id(load_salt(tmp_path / "salt"), PLAIN)]
     word = Source(TOPIC, 1).topic
@@ -103,6 +104,7 @@ def test_attributes_are_taken_out_first_in_every_partition_and_again_after_a_kil
 
 def control_at(operator: Operator) -> int:
     control = operator.registry.control()
+    assert control is not None
     return control.erased.entries[-1].at_ms
 
 

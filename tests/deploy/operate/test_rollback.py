@@ -277,7 +277,7 @@ def ours_are_the_bots(operator: Operator, ours: int) -> None:
             users = np.where(batch.user == BOT, np.uint64(ours), batch.user)
             with writer.transaction():
                 writer.send(LOG, 0, None, encode(batch.header, batch.columns | {"user": users}))
-    log_view.open_log = lambda settings: made  # type: ignore[assignment]  # the fixture puts it back
+    log_view.open_log = lambda settings: made  # the fixture puts it back
 
 
 def test_users_whom_every_kept_version_knows_are_refused(operator: Operator, tmp_path: Path) -> None:
@@ -301,7 +301,7 @@ def test_a_dry_run_tells_the_plan_and_changes_nothing(operator: Operator) -> Non
 
 def test_the_plan_says_how_answers_turn(operator: Operator) -> None:
     store = RowStore(operator.state / "serving" / "rows", 1 << 26)
-    tensors = {"dense.w": np.ones(1, np.float32), "popular": np.array([5], np.uint64)}
+    tensors: dict[str, np.ndarray] = {"dense.w": np.ones(1, np.float32), "popular": np.array([5], np.uint64)}
     store.apply(operator.registry.manifest(1), tensors, now_ms=NOW_MS)
     store.close()
     words = ("--reason", "x", "--dry-run", "-o", "json")
@@ -363,7 +363,7 @@ def test_large_versions_that_answer_at_once_are_checked_after_answers_turned(
 ) -> None:
     monkeypatch.setattr(rollback, "CHECKED_FIRST_BYTES", 0)
     store = RowStore(operator.state / "serving" / "rows", 1 << 26)
-    tensors = {"dense.w": np.ones(1, np.float32), "popular": np.array([5], np.uint64)}
+    tensors: dict[str, np.ndarray] = {"dense.w": np.ones(1, np.float32), "popular": np.array([5], np.uint64)}
     store.apply(operator.registry.manifest(1), tensors, now_ms=NOW_MS)
     store.close()
     path = operator.registry.folder("base", 1) / "training.safetensors"

@@ -35,7 +35,7 @@ def test_versions_as_json_is_json_even_where_a_metric_is_not_a_number(operator: 
 
 def test_versions_marks_what_answers_use(operator: Operator) -> None:
     store = RowStore(operator.state / "serving" / "rows", 1 << 26)
-    tensors = {"dense.w": np.ones(1, np.float32), "popular": np.array([5], np.uint64)}
+    tensors: dict[str, np.ndarray] = {"dense.w": np.ones(1, np.float32), "popular": np.array([5], np.uint64)}
     store.apply(operator.registry.manifest(1), tensors, now_ms=NOW_MS)
     store.serve(1)
     store.close()

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from deploy.replay import main
 from deploy.replaying import recording as replaying
 from deploy.replaying.recording import SLICE_ROWS, Options, Outcome, RecordingSource, Replay, ReplayJournal
-from deploy.replaying.sender import LARGEST_VALUE, Piece, Progress, Record, missing
+from deploy.replaying.sender import LARGEST_VALUE, Outbox, Piece, Progress, Record, missing
 from state.config.sections import Events
 from state.errors import CorruptStore, LogError, SettingsError
 from state.recordings.files import Recording, find, refuse_beyond_memory
@@ -31,7 +31,7 @@ ROWS = 40
 
 
 @dataclass
-class Topic:
+class Topic(Outbox):
     """A topic of two partitions that can break: before, in the middle of, or after a piece."""
 
     records: list[Record] = field(default_factory=list)
@@ -41,7 +41,7 @@ class Topic:
     break_at: int = -1
     arriving: str = ""
 
-    def send(self, piece: Piece) -> Mapping[int, int]:
+    def send(self, piece: Piece) -> dict[int, int]:
         self.sizes.append(len(piece))
         broken = len(self.sizes) - 1 == self.break_at
         for record in piece.records():
@@ -57,7 +57,7 @@ class Topic:
     def arrived_since(self, ends: Mapping[int, int]) -> list[Record]:
         return [record for partition, offset, record in self.log if offset >= ends[partition]]
 
-    def ends(self) -> Mapping[int, int]:
+    def ends(self) -> dict[int, int]:
         return dict(self.places)
 
     @property
@@ -74,7 +74,7 @@ class Wall:
     def __init__(self) -> None:
         self.now_ms = float(NOW_MS)
         self.stopped = threading.Event()
-        self.stopped.wait = self._wait  # type: ignore[method-assign]
+        self.stopped.wait = self._wait  # type: ignore[method-assign]  # waiting moves this clock
 
     def _wait(self, timeout: float | None = None) -> bool:
         self.now_ms += (timeout or 0) * 1000
@@ -186,11 +186,11 @@ def test_a_stop_ends_between_two_pieces(tmp_path: Path) -> None:
     recording, topic, wall = write(tmp_path, some_rows()), Topic(), Wall()
     send = topic.send
 
-    def stop_then_send(piece: Piece) -> Mapping[int, int]:
+    def stop_then_send(piece: Piece) -> dict[int, int]:
         wall.stopped.set()
         return send(piece)
 
-    topic.send = stop_then_send  # type: ignore[method-assign]
+    topic.send = stop_then_send  # type: ignore[method-assign]  # of this topic alone
     outcome = run(recording, tmp_path / "j", topic, wall)
     assert (outcome.sent, outcome.position.complete) == (16, False)
     assert run(recording, tmp_path / "j", topic).sent == 25

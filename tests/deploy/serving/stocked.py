@@ -11,6 +11,7 @@ import numpy as np
 
 from deploy.serving.answers.predictor import Predictor
 from deploy.serving.answers.predictor import Stores as HostStores
+from springtide_client.answers import Profile
 from state.attributes.values import AttributeStore
 from state.config.settings import Settings
 from state.events.identity import Salt, public_id, user_id
@@ -100,6 +101,12 @@ def predictor(
     serving, events = replace(settings.serving, clock=clock), replace(settings.events, context=context)
     settings = replace(settings, **{"serving": serving, "events": events, **sections})
     return Predictor(HostStores(stores.rows, stores.histories, known), settings, SALT, lambda: NOW_MS)
+
+
+def vector_of(answer: Profile) -> np.ndarray[Any, Any]:
+    """The vector of an answer that has one, `[dim]` float32."""
+    assert answer.vector is not None
+    return np.asarray(answer.vector)
 
 
 def model_inputs(model: Any, users: list[str], vectors: list[Any], row: Callable[[str, str], Any]) -> dict[str, Any]:

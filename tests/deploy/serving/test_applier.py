@@ -22,7 +22,7 @@ from deploy.watch.scrape import Scrape, parsed
 from state.disk.files import exchange, noted_at
 from state.layout import CURRENT, ROWS
 from state.process.network import free_port
-from state.registry.control import start
+from state.registry.control import Decision, start
 from state.registry.manifest import Draft, LogRange
 from state.registry.registry import SERVING, Registry
 from state.rows.store import RowStore
@@ -31,7 +31,7 @@ from tests.deploy.serving.test_following import tensors
 from tests.deploy.serving.test_rest import until
 from tests.state.registry.hosts import Origin, away
 
-BY = {"actor": "ann", "reason": "a test", "now_ms": 1}
+BY: Decision = {"actor": "ann", "reason": "a test", "now_ms": 1}
 
 
 APPLIER = [sys.executable, "-m", "deploy.serving.applier"]
@@ -63,7 +63,7 @@ def test_the_process_waits_for_a_registry_applies_without_kafka_and_stops_in_ord
     # No directory, so that nobody may list it, root neither.
     paths["registry"].write_text("")
     rows = tmp_path / "state" / "serving" / ROWS
-    with applier(log, **paths) as process:
+    with applier(log, 0, **paths) as process:
         until(lambda: "the registry cannot be followed" in log.read_text())
         registry = Registry(tmp_path / "later")
         registry.propose(start(**BY))
@@ -71,7 +71,7 @@ def test_the_process_waits_for_a_registry_applies_without_kafka_and_stops_in_ord
         version = registry.publish(draft, {SERVING: save(tensors({1: 1.0}))}).version
         exchange(registry.path, paths["registry"])
         until(lambda: (rows / "mark.json").exists())
-        second = forked.run(APPLIER, env=environment(**paths), capture_output=True, text=True, timeout=60)
+        second = forked.run(APPLIER, env=environment(0, **paths), capture_output=True, text=True, timeout=60)
         assert second.returncode == 1 and "in use by process" in second.stderr
         reader = RowStore(rows, 1 << 30, readonly=True)
 

@@ -38,6 +38,7 @@ from tests.deploy.serving.stocked import (
     predictor,
     row_of,
     tensors,
+    vector_of,
 )
 
 WANTED = Attributes("crm", "goods", ("age", "city"), ("brand",))
@@ -78,7 +79,7 @@ def test_an_answer_uses_the_attributes_as_training_does_and_names_them(stores: S
     context = (learned("user:age=25-34") + learned("user:city")) / np.float32(2)
     item, category = row_of("item", "i1", 1) + learned("item:brand=acme"), row_of("category", "hats", 1)
     wanted = model_outputs(stores, "ann", context_row=context, item_row=item, category_row=category)
-    np.testing.assert_allclose(answer.vector, wanted["vector"][0], atol=1e-5)
+    np.testing.assert_allclose(vector_of(answer), wanted["vector"][0], atol=1e-5)
     assert answer.engagement is not None
     assert answer.engagement.probability == pytest.approx(1 / (1 + np.exp(-wanted["engagement_logit"][0])), abs=1e-5)
     assert answer.attributes == {"age": "25-34", "city": None}
@@ -88,14 +89,16 @@ def test_an_answer_uses_the_attributes_as_training_does_and_names_them(stores: S
 def test_whoever_has_no_record_is_unknown_and_not_none(stores: Stores, known: AttributeStore) -> None:
     answer = predictor(stores, known=known, attributes=WANTED).profile("nobody")
     wanted = model_outputs(stores, "nobody", context_row=learned("user:age?") / np.float32(2))
-    np.testing.assert_allclose(answer.vector, wanted["vector"][0], atol=1e-5)
+    np.testing.assert_allclose(vector_of(answer), wanted["vector"][0], atol=1e-5)
     assert answer.attributes == {}
 
 
 def test_context_fields_and_attributes_share_the_mean(stores: Stores, known: AttributeStore) -> None:
     answer = predictor(stores, context=("device",), known=known, attributes=WANTED).profile("ann")
     context = (learned("user:age=25-34") + learned("user:city")) / np.float32(3)
-    np.testing.assert_allclose(answer.vector, model_outputs(stores, "ann", context_row=context)["vector"][0], atol=1e-5)
+    np.testing.assert_allclose(
+        vector_of(answer), model_outputs(stores, "ann", context_row=context)["vector"][0], atol=1e-5
+    )
 
 
 def test_the_next_answer_has_the_newest_record(stores: Stores, known: AttributeStore) -> None:
@@ -108,7 +111,7 @@ def test_the_next_answer_has_the_newest_record(stores: Stores, known: AttributeS
 def test_without_attributes_answers_are_what_they_were(stores: Stores, known: AttributeStore) -> None:
     answer = predictor(stores).profile("ann", item="i1")
     assert answer.attributes == {}
-    np.testing.assert_allclose(answer.vector, model_outputs(stores, "ann")["vector"][0], atol=1e-5)
+    np.testing.assert_allclose(vector_of(answer), model_outputs(stores, "ann")["vector"][0], atol=1e-5)
 
 
 def test_a_worker_waits_for_the_appliers_attributes(stores: Stores) -> None:

@@ -226,7 +226,7 @@ def test_a_request_of_many_pieces_counts_as_many() -> None:
         for _ in range(60):
             await line.run(clock.steps(1, "measured"))
         both = line.run(clock.steps(pieces, "first"), pieces), line.run(clock.steps(1, "second"))
-        return await asyncio.gather(*both, return_exceptions=True)
+        return list(await asyncio.gather(*both, return_exceptions=True))
 
     assert asyncio.run(go(2)) == ["first", "second"]
     assert isinstance(asyncio.run(go(3))[1], Overloaded)

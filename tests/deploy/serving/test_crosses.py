@@ -49,6 +49,7 @@ def learn(stores: Stores, version: int, ids: np.ndarray[Any, Any], rows: np.ndar
 
 def logit(stores: Stores, user: str, **asked: Any) -> float:
     answer = predictor(stores, context=("tab",)).profile(user, **asked).engagement
+    assert answer is not None
     chance = answer.probability
     return float(np.log(chance / (1 - chance)))
 

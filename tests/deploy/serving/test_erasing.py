@@ -47,6 +47,7 @@ def world(tmp_path: Path) -> Iterator[World]:
 
 def publish(world: World, changes: dict[int, float], erased: int) -> int:
     control = world.registry.control()
+    assert control is not None
     parent = world.registry.newest(control.epoch)
     draft = Draft(
         "delta", control.epoch, parent, LogRange(), (), 1, 1, 5, 4, FeatureSpec().digest, world.program, "salt",

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,14 @@ from state.features.spec import FeatureSpec, Mask
 from state.layout import PROGRAMS, ROWS
 from state.metrics import ApplierMetrics
 from state.positions import Source
-from state.registry.control import follow, label, pin, roll_back, start
+from state.registry.control import Decision, follow, label, pin, roll_back, start
 from state.registry.manifest import Draft, LogRange, Manifest
 from state.registry.registry import SERVING, Registry
 from state.rows.store import RowStore
 
 MAP = 1 << 27
 SOURCE = Source("ab" * 16, 3)
-BY = {"actor": "ann", "reason": "a test", "now_ms": 1}
+BY: Decision = {"actor": "ann", "reason": "a test", "now_ms": 1}
 
 
 @dataclass
@@ -92,6 +93,7 @@ class World:
     def publish_recent(self, changes: dict[int, float], removed: tuple[int, ...] = (), durable: bool = False) -> int:
         """A version over the one before it of either lifetime; with `durable` also one over the last durable one."""
         control = self.registry.control()
+        assert control is not None
         last, before = self.registry.newest(control.epoch) or control.base, self.registry.latest(control.epoch)
         assert last is not None
         parent = last if before is None else before.version
@@ -383,9 +385,9 @@ def test_whatever_happens_the_wanted_version_is_served_whole(
             case "compact":
                 world.compact(version)
             case "pin":
-                world.registry.change(lambda control, version=version: pin(control, version, **BY))
+                world.registry.change(partial(pin, version=version, **BY))
             case "roll back":
-                world.registry.change(lambda control, version=version: roll_back(control, version, Mask.NONE, **BY))
+                world.registry.change(partial(roll_back, to=version, mask=Mask.NONE, **BY))
             case "follow":
                 world.registry.change(lambda control: follow(control, **BY))
             case "restart":

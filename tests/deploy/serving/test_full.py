@@ -28,9 +28,9 @@ from state.registry.registry import Registry
 from state.rows.store import RowStore
 from tests.conftest import KafkaFactory
 from tests.deploy.serving.stocked import SALT_KEY
-from tests.deploy.serving.test_applier import until
 from tests.deploy.serving.test_clicks import SOURCE, record
 from tests.deploy.serving.test_following import Clock, World
+from tests.deploy.serving.test_rest import until
 from tests.disks import Disk, small_disk
 
 NEW_USERS = 2000
@@ -155,6 +155,7 @@ def served(settings: Settings) -> int:
     try:
         with store.reader() as reader:
             found = reader.served()
+            assert found is not None
             return found.version
     finally:
         store.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from state.config.settings import Settings
 from state.features.spec import FeatureSpec
 from state.process.network import free_port
 from state.registry.registry import Registry
-from tests.deploy.serving.fire import USERS, Fire, HostWriter, Line, Trainer
+from tests.deploy.serving.fire import USERS, Asked, Fire, HostWriter, Line, Trainer
 from tests.deploy.serving.stocked import CATEGORIES, DIM, SALT_KEY, Lowered, Stores, small
 from tests.deploy.serving.test_rest import answers, until, worker
 
@@ -62,6 +63,10 @@ def host(settings: Settings, trainer: Trainer) -> Iterator[HostWriter]:
     made.close()
 
 
+def has_answered(asked: Asked, times: int) -> bool:
+    return asked.count >= times
+
+
 def test_forty_versions_are_swapped_without_an_error_or_a_mixed_answer(
     settings: Settings, trainer: Trainer, host: HostWriter, lowered: Lowered
 ) -> None:
@@ -80,7 +85,7 @@ def test_forty_versions_are_swapped_without_an_error_or_a_mixed_answer(
                 if swap % 2 == 0:
                     host.click("ann", CATEGORIES[swap // 2 % len(CATEGORIES)], 60_000 - swap)
                 wanted = asked.count + ANSWERS_EACH
-                until(lambda wanted=wanted: asked.count >= wanted, 90.0)  # type: ignore[misc]
+                until(partial(has_answered, asked, wanted), 90.0)
                 if swap in (NEW_PROGRAM_AT + WARM, SWAPS - 1):
                     grown.append(of_process.memory_info().rss)
         assert answers(port, "/readyz")

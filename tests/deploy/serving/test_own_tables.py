@@ -20,7 +20,7 @@ from state.ranking import transitions
 from state.ranking.transitions import Lists, record, succession
 from state.rows.tables import SERVED_IDS
 from tests.conformance.test_own_tables import NARROW, WIDTH, LookingUp
-from tests.deploy.serving.stocked import NOW_MS, SALT, Lowered, Stores, digest_of, manifest, small
+from tests.deploy.serving.stocked import NOW_MS, SALT, Lowered, Stores, digest_of, manifest, small, vector_of
 from tests.deploy.serving.stocked import predictor as predictor_of
 from tests.vectors import vectorise
 from trainer.versions.lowering import build
@@ -119,7 +119,7 @@ def expected(stores: Stores, item: str | None) -> Any:
 @pytest.mark.parametrize("item", ["i1", None])
 def test_every_id_is_looked_up_as_training_does(stores: Stores, predictor: Predictor, item: str | None) -> None:
     answer = predictor.profile("ann", item=item, context={"place": "home"})
-    np.testing.assert_allclose(answer.vector, expected(stores, item), atol=1e-6)
+    np.testing.assert_allclose(vector_of(answer), expected(stores, item), atol=1e-6)
 
 
 def test_the_popular_categories_are_looked_up_once_for_all(predictor: Predictor) -> None:

@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -124,10 +125,10 @@ Open = Callable[..., Host]
 def host(tmp_path: Path) -> Iterator[Open]:
     opened: list[Host] = []
 
-    def open_host(records: list[bytes], name: str = "host", **options: object) -> Host:
+    def open_host(records: list[bytes], name: str = "host", **options: Any) -> Host:
         log = MemoryLog(ids=lambda: "cd" * 16)
         log.topics().ensure(LOG, 1)
-        opened.append(Host(tmp_path / name, log, **options))  # type: ignore[arg-type]
+        opened.append(Host(tmp_path / name, log, **options))
         append(opened[-1], records)
         return opened[-1]
 

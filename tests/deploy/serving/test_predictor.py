@@ -37,6 +37,7 @@ from tests.deploy.serving.stocked import (
     predictor,
     row_of,
     tensors,
+    vector_of,
 )
 
 
@@ -49,7 +50,7 @@ def check(answer: Profile, outputs: dict[str, Any], candidates: list[tuple[str, 
     assert sum(one.probability for one in answer.interests) == pytest.approx(1.0, abs=1e-5)
     given = [one.probability for one in answer.interests]
     assert given == sorted(given, reverse=True)
-    np.testing.assert_allclose(answer.vector, outputs["vector"][0], atol=1e-5)
+    np.testing.assert_allclose(vector_of(answer), outputs["vector"][0], atol=1e-5)
 
 
 def test_a_known_user_is_scored_as_the_model_scores(stores: Stores) -> None:
@@ -63,7 +64,7 @@ def test_a_known_user_is_scored_as_the_model_scores(stores: Stores) -> None:
     assert answer.engagement.probability == pytest.approx(1 / (1 + np.exp(-outputs["engagement_logit"][0])), abs=1e-5)
     assert answer.version.number == 1 and answer.version.age_s == 2.0
     assert answer.version.sources == {f"{SOURCE}": 1001}
-    assert answer.features["view.count_1h"] == 2
+    assert answer.features is not None and answer.features["view.count_1h"] == 2
 
 
 def test_a_user_without_a_row_is_known_by_the_clicks(stores: Stores) -> None:
@@ -118,6 +119,7 @@ def test_an_items_category_is_the_one_asked_for_or_the_one_remembered(stores: St
     chances = []
     for category in (None, "hats", "books"):
         engagement = predictor(stores).profile("ann", item="i1", category=category).engagement
+        assert engagement is not None
         chances.append(engagement.probability)
     assert chances[0] == chances[1] != chances[2]
 
@@ -125,11 +127,12 @@ def test_an_items_category_is_the_one_asked_for_or_the_one_remembered(stores: St
 def test_masked_clicks_leave_the_answer_at_once(stores: Stores) -> None:
     """A mask in the newest control takes clicks out of windows and candidates, without a new version."""
     served = predictor(stores)
-    assert served.profile("ann").features["view.count_1h"] == 2
+    before = served.profile("ann").features
+    assert before is not None and before["view.count_1h"] == 2
     mask = Mask(2, times=((NOW_MS - 10_000, NOW_MS),))
     stores.rows.steer({CONTROL_NOTE: b'{"generation": 2}', MASK_NOTE: json.dumps(mask.to_json()).encode()})
     answer = served.profile("ann")
-    assert answer.features["view.count_1h"] == 1
+    assert answer.features is not None and answer.features["view.count_1h"] == 1
     assert answer.version.mask_generation == 2
     assert not served.profile("bob").known
 
@@ -149,7 +152,7 @@ def test_answers_are_those_of_a_cold_start_until_a_version_has_forgotten_the_use
     found = served.profile("ann", item="i1")
     assert found.cold_start and not found.known
     assert (found.engagement, found.interests) == (stranger.engagement, stranger.interests)
-    assert np.array_equal(found.vector, stranger.vector) and found.features == stranger.features
+    assert np.array_equal(vector_of(found), vector_of(stranger)) and found.features == stranger.features
     assert served.profile("bob").interests == known.interests
     # Who comes back is known again, by a version that has forgotten the one of before.
     names = {"user": ["ann"]}
@@ -170,7 +173,7 @@ def test_an_answer_is_from_the_version_that_the_pointer_names(stores: Stores) ->
     second = served.profile("ann")
     assert second.version.number == 2
     assert {one.label for one in second.interests} == {"shoes", "hats", "books"}
-    assert not np.allclose(first.vector, second.vector)
+    assert not np.allclose(vector_of(first), vector_of(second))
     stores.rows.serve(1)
     again = served.profile("ann")
     assert (again.version, again.interests) == (first.version, first.interests)
@@ -187,7 +190,7 @@ def test_a_held_moment_answers_from_its_version_whatever_comes_meanwhile(stores:
         (after,) = served.profiles([Query("ann")], held)
     assert (between.version.number, between.version.mask_generation) == (2, 2)
     assert (after.version, after.interests) == (before.version, before.interests)
-    assert (after.vector == before.vector).all()
+    assert (vector_of(after) == vector_of(before)).all()
 
 
 def test_context_is_the_mean_over_all_fields(stores: Stores) -> None:
@@ -197,7 +200,7 @@ def test_context_is_the_mean_over_all_fields(stores: Stores) -> None:
     )
     served = predictor(stores, context=("device", "country"))
     vectors = [
-        served.profile("ann", context=context).vector
+        vector_of(served.profile("ann", context=context))
         for context in ({}, {"device": "phone"}, {"device": "tv"}, {"x": "y"})
     ]
     assert not np.allclose(vectors[0], vectors[1])
@@ -242,7 +245,7 @@ def test_a_version_answers_with_its_own_features_whatever_the_settings_say_by_no
     before = predictor(stores).profile("ann", item="i1")
     features = replace(stores.settings.features, windows_s=(60, 604800), history=64)
     actions = ("wish", *FeatureSpec().actions[::-1])
-    other = {"features": features, "events": replace(stores.settings.events, actions=actions)}
+    other: dict[str, Any] = {"features": features, "events": replace(stores.settings.events, actions=actions)}
     with pytest.raises(SpecMismatch, match="wait for the first version of an upgrade"):
         predictor(stores, **other).profile("ann", item="i1")
     registry = Registry(tmp_path / "registry")
@@ -251,10 +254,10 @@ def test_a_version_answers_with_its_own_features_whatever_the_settings_say_by_no
     stores.histories.numbering, extra = numbered(None, actions, FeatureSpec().actions)
     stores.histories.commit(Appends.none(), (), extra)
     after = predictor(stores, **other).profile("ann", item="i1")
-    assert np.array_equal(after.vector, before.vector)
+    assert np.array_equal(vector_of(after), vector_of(before))
     assert (after.features, after.interests) == (before.features, before.interests)
     assert after.engagement == before.engagement
-    assert len(after.features) == len(FeatureSpec().names)
+    assert after.features is not None and len(after.features) == len(FeatureSpec().names)
 
 
 def test_without_a_version_there_is_no_answer(stores: Stores, tmp_path_factory: pytest.TempPathFactory) -> None:

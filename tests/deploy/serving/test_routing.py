@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import httpx
@@ -35,6 +35,9 @@ from tests.deploy.serving.stocked import MAP, NOW_MS, SALT_KEY, Lowered, clicks,
 USERS = [f"user-{number}" for number in range(40)]
 AT = {"at": str(NOW_MS)}
 SALT = Salt(SALT_KEY)
+
+
+Answer = TypeVar("Answer")
 
 
 def share(user: str) -> int:
@@ -92,12 +95,12 @@ class Network(httpx.AsyncBaseTransport):
         self.tokens.append(request.headers.get("authorization"))
         if name in self.away:
             raise httpx.ConnectError("refused", request=request)
-        return await httpx.ASGITransport(app=self.apps[name]).handle_async_request(request)  # type: ignore[arg-type]
+        return await httpx.ASGITransport(app=self.apps[name]).handle_async_request(request)
 
-    def run(self, *steps: Callable[[httpx.AsyncClient], Any]) -> list[httpx.Response]:
+    def run(self, *steps: Callable[[httpx.AsyncClient], Awaitable[Answer]]) -> list[Answer]:
         """Polls the table on each host, and sends requests."""
 
-        async def go() -> list[httpx.Response]:
+        async def go() -> list[Answer]:
             for _ in range(2):
                 for name, app in self.apps.items():
                     if app.router is not None and name not in self.away:
@@ -131,7 +134,7 @@ def network(tmp_path: Path, lowered: Lowered) -> Iterator[Network]:
 
 
 def forwarded(network: Network, name: str, result: str) -> float:
-    return network.apps[name].metrics.forwarded.labels(result)._value.get()
+    return float(network.apps[name].metrics.forwarded.labels(result)._value.get())
 
 
 QUESTIONS: Mapping[str, Callable[[str], tuple[str, Any]]] = {

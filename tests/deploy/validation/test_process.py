@@ -136,7 +136,7 @@ def test_a_fault_is_found_in_its_window_told_once_and_over_when_it_is(
     run = Run(settings, log)
     run.catch_up()
     assert run.anomalies() == {}
-    written([*minutes(2, first=3, **fault), record(columns(1), START_MS + 5 * MINUTE_MS)], log)
+    written([*minutes(2, 400, 3, **fault), record(columns(1), START_MS + 5 * MINUTE_MS)], log)
     run.catch_up()
     assert run.anomalies() == {kind: 1}
     (told,) = (line.getMessage() for line in caplog.records if line.levelno == logging.WARNING)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ def days_of(batches: Iterator[MicroBatch], spec: FeatureSpec, context: tuple[str
     found = [
         ended.statistics
         for number, batch in enumerate(batches)
-        if (ended := windows.take(number, batch, lambda batch=batch: batch)) is not None
+        if (ended := windows.take(number, batch, repeat(batch).__next__)) is not None
     ]
     assert windows.open is not None
     return [*found, windows.open.statistics]

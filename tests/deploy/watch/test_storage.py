@@ -87,6 +87,7 @@ def test_status_measures_what_is_here_and_says_nothing_where_nothing_is(tmp_path
     settings.logs_dir.mkdir(parents=True)
     (settings.logs_dir / "stream.log").write_bytes(bytes(8192))
     found = disk_usage(settings)
+    assert found is not None
     assert found["parts"] == {"logs": {"used_bytes": 8192, "limit_bytes": 50_000_000}}
     assert (found["used_bytes"], found["budget_bytes"]) == (8192, 1_000_000_000)
     assert found["free_bytes"] == pytest.approx(storage.free_bytes(tmp_path), rel=0.05)
@@ -103,6 +104,7 @@ def test_status_says_what_the_trainer_measured() -> None:
     measured = trainer.measures.progressive.values()
     gauges.show_quality(measured, metrics)
     found = sections.quality(Scrape(parsed(generate_latest(registry).decode())))
+    assert found is not None
     assert found["predictors"]["model"]["known"]["top5"] == measured["known.top5"]
     assert found["lift"]["log_loss"] == measured["lift.log_loss"]
     for name in BASELINES:

@@ -89,7 +89,9 @@ def pytest_runtest_teardown(item: pytest.Function, nextitem: pytest.Item | None)
     """Ends the loop with the folder's last test: left running it would cost the others most of a core."""
     # Without one where the loop did not come up.
     if "loop" in item.funcargs and (nextitem is None or nextitem.path.parent != item.path.parent):
-        end(item.funcargs["loop"])
+        loop = item.funcargs["loop"]
+        assert isinstance(loop, Loop)
+        end(loop)
 
 
 def end(loop: Loop) -> None:

@@ -135,7 +135,9 @@ def forget_before(loop: Loop) -> None:
     """Does at once what retention does in days: what was there at the erasure is deleted, once all of it is read."""
     kafka = loop.settings.kafka
     registry = Registry(loop.settings.registry_dir)
-    erased = registry.control().erased.entries[-1]
+    control = registry.control()
+    assert control is not None
+    erased = control.erased.entries[-1]
     settled_ms = erased.at_ms + TAKEN_UP_MS
     with Topics(kafka) as topics:
         until(lambda: newest(registry).created_at_ms > settled_ms, "no version is past the erasure")

@@ -41,6 +41,7 @@ def test_the_first_answer_comes_while_up_says_each_step(loop: Loop) -> None:
 def test_a_burst_in_a_category_that_never_existed_leads_the_answer(loop: Loop) -> None:
     user, category = "ada-of-the-burst", "category-born-just-now"
     before = loop.profile(user)
+    assert before is not None
     assert before["cold_start"]
     assert category not in [interest["label"] for interest in before["interests"]]
     ends = loop.click([(user, f"new-item-{number}", category, "purchase") for number in range(20)])
@@ -136,7 +137,7 @@ def test_a_second_host_learns_from_clicks_and_a_pin_makes_answers_equal(loop: Lo
         learned = loop.answer_trained_on(USER, ends)["version"]["number"]
 
         def has_learned(answer: dict[str, Any]) -> bool:
-            return answer["version"]["number"] >= learned and answer["features"]["purchase.count_7d"] == 7
+            return bool(answer["version"]["number"] >= learned and answer["features"]["purchase.count_7d"] == 7)
 
         both_answer(loop, host, has_learned)
         pinned = loop.springtide("pin", str(loop.kept()[0]), "--reason", "a test")

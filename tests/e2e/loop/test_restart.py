@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +26,20 @@ from tests.segments import cut_back, forget_clean_stop
 PARTS = ("stream", "trainer", "applier", "worker")
 
 
+def runs_again(loop: Loop, part: str, killed: int) -> bool:
+    return loop.pid(part) not in (None, killed)
+
+
 def test_the_loop_recovers_from_the_kill_of_each_part(loop: Loop) -> None:
     loop.springtide("follow", "--reason", "a test begins")
-    killed = {part: until(lambda part=part: loop.pid(part), f"{part} does not run") for part in PARTS}
+    killed = {part: until(partial(loop.pid, part), f"{part} does not run") for part in PARTS}
     user = "sender-around-the-kills"
     loop.click([(user, "lamp", "light", "purchase")] * 4)
     for pid in killed.values():
         os.kill(pid, signal.SIGKILL)
     ends = loop.click([(user, "lamp", "light", "purchase")] * 6)
     for part, pid in killed.items():
-        until(lambda part=part, pid=pid: loop.pid(part) not in (None, pid), f"{part} is not started again")
+        until(partial(runs_again, loop, part, pid), f"{part} is not started again")
     # Clicks that were read twice count once.
     loop.answer_trained_on(user, ends, led_by("light"), counting("purchase.count_7d", 10))
     assert [part for part in PARTS if f"{part} died (SIGKILL)" not in loop.said()] == []
@@ -232,6 +237,7 @@ def test_answers_go_on_while_the_trainer_cannot_until_the_record_is_left_out(loo
     died = r"trainer died \(exit 1\): .*offset (\d+): a value of 5 bytes is no micro-batch.*after \d+ deaths in a row"
     until(lambda: re.search(died, loop.said()[begin:]), "the trainer does not die twice")
     found = re.search(died, loop.said()[begin:])
+    assert found is not None
     offset = int(found[1])
     assert offset < end
     # The terminal's line is short; the log has what to type.

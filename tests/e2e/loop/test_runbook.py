@@ -269,6 +269,7 @@ def a_probe_does_not_come_through(terminal: Terminal, section: Section) -> None:
     found = re.match(
         r"the click at offset (\d+) of partition (\d+) was in answers after [\d.]+ s", terminal.type(probe)
     )
+    assert found is not None
     offset = int(found[1])
     (source,) = (one for one in loop.ends() if one.endswith(f":{found[2]}"))
     assert loop.ends()[source] > offset

@@ -247,6 +247,7 @@ def test_a_retrain_learns_the_topic_and_is_judged_through_kills(
     # 3. The past is a version: all clicks up to the cut, where the log goes on.
     first = until(lambda: own.versions()[:1], lambda: f"nothing is learned\n{loop.logs()}", SCORED_S)[0]
     past, made = read_past(own.path), own.manifest(first)
+    assert past is not None
     assert (made.marks, made.log.next) == (past.marks, past.log.next) and made.rows > 0
     assert list(own.path.glob("past-*")) == []
     # 4. It is judged by rows that both scored, and dropped: it knows no more than the live one.

@@ -186,6 +186,7 @@ def test_a_side_that_is_begun_anew_leaves_the_other(tmp_path: Path) -> None:
     store.restart_at("user", TopicPosition("other", "cd" * 16, {0: 0}))
     assert (store.count("user"), store.count("item")) == (0, 1)
     place = store.position("user")
+    assert place is not None
     assert place.identity == "other"
     store.close()
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from state.disk.lock import DirectoryLock
 from state.errors import CorruptVersion, LockHeld, UnusableDisk, UnusableRegistry
 from state.positions import Source
-from state.registry.control import start
-from state.registry.manifest import Draft, LogRange
+from state.registry.control import Control, pin, start
+from state.registry.manifest import Draft, Kind, LogRange
 from state.registry.registry import SERVING, TRAINING, Registry
 from tests.disks import as_nobody, open_folder, small_disk
 
@@ -62,10 +62,8 @@ def test_a_version_that_does_not_fit_is_absent_and_the_one_before_stays(tmp_path
         assert Registry(registry.path).newest_good(1) == 3
 
 
-def _pinned(control: object, version: int) -> object:
-    from state.registry.control import pin
-
-    return pin(control, version, actor="ann", reason="test", now_ms=6)  # type: ignore[arg-type]
+def _pinned(control: Control, version: int) -> Control:
+    return pin(control, version, actor="ann", reason="test", now_ms=6)
 
 
 # Damaged files
@@ -101,9 +99,9 @@ def test_a_file_damaged_anywhere_is_never_loaded(
     at = int(place * len(data))
     file.write_bytes(data[:at] if bit == 8 else data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :])
     registry = Registry(path)
-    kind = "delta" if folder == "versions" else "base"
+    kind: Kind = "delta" if folder == "versions" else "base"
     with pytest.raises(CorruptVersion, match=f"version {number}: .*{name}") as raised:
-        registry.verify(registry.manifest(number, kind))  # type: ignore[arg-type]
+        registry.verify(registry.manifest(number, kind))
     assert "\n" not in str(raised.value)
 
     # What is restored is good in every part, and what was needed and bad is set aside.
@@ -124,7 +122,7 @@ def test_control_damaged_anywhere_is_no_control_and_no_older_one(
 ) -> None:
     path = tmp_path_factory.mktemp("control")
     registry = started(path, 1)
-    registry.change(lambda control: _pinned(control, 1))  # type: ignore[arg-type, return-value]
+    registry.change(lambda control: _pinned(control, 1))
     file = path / "control" / "00000002.json"
     data = file.read_bytes()
     at = int(place * len(data))

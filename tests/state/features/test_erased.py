@@ -19,7 +19,7 @@ GONE = Erased.NOBODY.and_also(
 
 def rows(erased: Erased, users: list[int], source: list[int], offsets: list[int]) -> list[bool]:
     places = np.array(source, np.uint16), np.array(offsets, np.int64)
-    found = erased.rows(np.array(users, np.uint64), *places, RANGES).tolist()
+    found: list[bool] = erased.rows(np.array(users, np.uint64), *places, RANGES).tolist()
     none, now = np.zeros(len(users), np.uint64), np.zeros(len(users), np.int64)
     as_mask = Mask(erased=erased).rows(ClickColumns(np.array(users, np.uint64), none, none, now, *places), RANGES)
     assert as_mask.tolist() == found
@@ -51,7 +51,8 @@ def test_windows_are_those_of_a_history_without_what_is_gone() -> None:
     told = vectorise(history, 9_000, None, Mask(erased=GONE), spec, user=7)
     fresh = vectorise(history[3:], 9_000, None, Mask.NONE, spec, user=7)
     others = vectorise(history, 9_000, None, Mask(erased=GONE), spec, user=8)
-    assert all(np.array_equal(one, other) for one, other in zip(told, fresh, strict=True))
+    pairs: zip[tuple[np.ndarray, np.ndarray]] = zip(told, fresh, strict=True)
+    assert all(np.array_equal(one, other) for one, other in pairs)
     assert not np.array_equal(told.recent_categories, others.recent_categories)
     assert Mask(erased=GONE).events(history, 7).tolist() == [True] * 3 + [False] * 3
 

@@ -136,8 +136,8 @@ def expected(history: Events, at_ms: int, spec: FeatureSpec, hidden: Any) -> tup
         for index, action in enumerate(spec.actions):
             out[f"{prefix}.{action}_{spans[-1]}"] = sum(event["action"] == index for event in mine)
         label = labels_in_order[slot] if slot < len(labels_in_order) else None
-        out[f"{prefix}.of_latest_5"] = row[:5].count(label)
-        out[f"{prefix}.of_latest_20"] = row[:20].count(label)
+        out[f"{prefix}.of_latest_5"] = sum(category == label for category in row[:5])
+        out[f"{prefix}.of_latest_20"] = sum(category == label for category in row[:20])
         out[f"{prefix}.follows"] = sum(newer == label and older == row[0] for newer, older in pairwise(row) if older)
     return out, labels_in_order + [0] * (spec.recent_categories - len(labels_in_order))
 
@@ -149,7 +149,8 @@ def assert_equal(history: Events, at_ms: int, mask: Mask, spec: FeatureSpec) -> 
     row = vectorise(history, at_ms, None, mask, spec)
     # Among those of others, a row has the same bits.
     several = vectorise_many([history[:1], history, history[::-1]], [at_ms, at_ms, at_ms + 1], mask, spec, [1, 0, 2])
-    for alone, among in zip(row, several, strict=True):
+    pairs: zip[tuple[np.ndarray, np.ndarray]] = zip(row, several, strict=True)
+    for alone, among in pairs:
         np.testing.assert_array_equal(alone, among[1])
     want, labels = expected(history, at_ms, spec, hidden)
     latest = visible(history, at_ms, spec, hidden)[: spec.sequence]

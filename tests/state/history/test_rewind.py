@@ -63,11 +63,11 @@ class Writer:
             at[part] += int(click.random() < 0.1)
         columns = self._columns(made)
         ranges = []
-        for number, (part, found) in enumerate(
+        for number, (source, found) in enumerate(
             zip(sources, counts_by_range(columns["kind"], columns["source"], 2), strict=True)
         ):
             first, after = firsts[number], at[number]
-            ranges.append(Range(part, first, after, **found, dead=after - first - sum(_placed(found))))
+            ranges.append(Range(source, first, after, **found, dead=after - first - sum(_placed(found))))
         header = Header("spec", "salt", tuple(ranges), 0, log_epoch=epoch)
         return encode(header, columns), {"next": at, "open": waits}
 
@@ -228,6 +228,7 @@ def test_users_who_were_taken_out_since_are_rebuilt_from_the_log(tmp_path: Path)
     # They click on before anybody goes back.
     play(1)
     found = writer.back(turned(WHOLE, 1, place, writer.end(), tuple(marks.items())))
+    assert found is not None
     assert found.rebuilt > 10
     assert {user: writer.store.read(user).tolist() for user in clicked} == {user: then[user] for user in clicked}
 

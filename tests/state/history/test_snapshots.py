@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -218,12 +219,12 @@ def test_a_snapshot_of_an_abandoned_branch_is_never_used(tmp_path: Path) -> None
         ({"begin": 1001}, "the training log now has"),
     ],
 )
-def test_a_snapshot_that_does_not_fit_is_not_used(other: dict[str, str | int], reason: str, tmp_path: Path) -> None:
+def test_a_snapshot_that_does_not_fit_is_not_used(other: dict[str, Any], reason: str, tmp_path: Path) -> None:
     """Its users are of another salt, or the log was recreated or no longer has the next record."""
     host = Host(tmp_path)
     host.click(1000)
     made = host.snapshot()
-    assert reason in host.wanted(**other).refuse(made)  # type: ignore[arg-type]
+    assert reason in host.wanted(**other).refuse(made)
     assert host.wanted().refuse(made) == ""
 
 

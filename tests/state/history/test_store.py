@@ -214,11 +214,11 @@ def test_a_commit_is_whole_and_in_order_or_changes_nothing(
     store.close()
 
 
-def open_store(path: object) -> HistoryStore:
-    return HistoryStore(path, history=N, map_bytes=64 << 20, boot_id="boot")  # type: ignore[arg-type]
+def open_store(path: Path) -> HistoryStore:
+    return HistoryStore(path, history=N, map_bytes=64 << 20, boot_id="boot")
 
 
-def rows_of(ranges: list[Range], seed: int) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
+def rows_of(ranges: list[Range], seed: int) -> tuple[np.ndarray, np.ndarray]:
     count = sum(part.rows for part in ranges)
     events = np.zeros(count, EVENT)
     events["offset"] = [part.first + row for part in ranges for row in range(part.rows)]
@@ -226,7 +226,7 @@ def rows_of(ranges: list[Range], seed: int) -> tuple[np.ndarray, np.ndarray]:  #
     return np.random.default_rng(seed).integers(1, 5, count).astype(np.uint64), events
 
 
-def take(model: Model, ranges: list[Range], users: np.ndarray, events: np.ndarray, note: bytes) -> None:  # type: ignore[type-arg]
+def take(model: Model, ranges: list[Range], users: np.ndarray, events: np.ndarray, note: bytes) -> None:
     for part in ranges:
         model.first.setdefault(part.source, part.first)
         model.next[part.source] = part.next

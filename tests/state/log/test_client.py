@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -85,12 +86,13 @@ def test_security_settings_reach_the_client(settings: Kafka, tmp_path: Path) -> 
 @pytest.mark.usefixtures("refused")
 def test_the_wrong_protocol_is_told_in_one_line(settings: Kafka) -> None:
     # The local broker speaks no TLS and no SASL.
-    for changes in (
+    protocols: tuple[dict[str, Any], ...] = (
         {"security_protocol": "SSL"},
         {"security_protocol": "SASL_PLAINTEXT", "sasl_mechanism": "PLAIN", "sasl_username": "a", "sasl_password": "b"},
-    ):
+    )
+    for changes in protocols:
         with pytest.raises(LogError, match=r"kafka\.security_protocol") as raised:
-            Topics(replace(settings, request_timeout_s=1.0, **changes))  # type: ignore[arg-type]
+            Topics(replace(settings, request_timeout_s=1.0, **changes))
         assert "\n" not in str(raised.value)
 
 

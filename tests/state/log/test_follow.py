@@ -106,7 +106,7 @@ def test_the_caller_may_refuse_a_loss_or_move_the_reader(log: MemoryLog) -> None
 
     log.topics().delete_before(TOPIC, {0: 3})
     with pytest.raises(GapError, match="begins at 3"):
-        open_topic(log, TOPIC, [0], Position("", {0: 1}), refuse)  # type: ignore[arg-type]
+        open_topic(log, TOPIC, [0], Position("", {0: 1}), refuse)
     follower = Follower(log, TOPIC, [0], opened=lambda opening: follower.reader.seek(0, opening.ends[0][1]))
     assert follower.poll(0.0) == []
     send(log, b"4")

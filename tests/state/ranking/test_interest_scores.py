@@ -42,9 +42,10 @@ def lists() -> ItemLists:
 
 
 def corrected(weights: np.ndarray, phi: np.ndarray) -> np.ndarray:
-    logits = LOGITS.copy()
+    logits: np.ndarray = LOGITS.copy()
     correct(lists(), EVERYTHING, ROWS, np.array([AT_S]), IDS, logits, weights, phi, Workspace.empty(6, 3))
-    return logits[0]
+    first: np.ndarray = logits[0]
+    return first
 
 
 def test_the_time_since_the_last_event_of_any_action_is_a_column_of_phi() -> None:

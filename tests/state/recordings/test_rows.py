@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -25,18 +26,18 @@ DEFAULT = Events()
 AT_MS = 1_700_000_000_000
 
 
-def rows(broken: frozenset[int] = frozenset(), **columns: list[Any]) -> RecordedRows:
+def rows(columns: Mapping[str, list[Any]], broken: frozenset[int] = frozenset()) -> RecordedRows:
     count = len(next(iter(columns.values())))
     return RecordedRows(columns, np.arange(1, count + 1), broken, lambda row: f"text of {row}".encode())
 
 
 def one(events: Events = DEFAULT, constants: dict[str, str] | None = None, **fields: Any) -> tuple[EncodedRows, bytes]:
     encoder = Encoder(events, constants or {}, LATEST)
-    encoded = encoder.encode(rows(**{name: [value] for name, value in fields.items()}), 0)
+    encoded = encoder.encode(rows({name: [value] for name, value in fields.items()}), 0)
     return encoded, encoder.values(encoded, encoded.at_ms)[0]
 
 
-CLICK = {"user": "ada", "item": 7, "category": "c", "action": "view", "time": "1700000000"}
+CLICK: dict[str, Any] = {"user": "ada", "item": 7, "category": "c", "action": "view", "time": "1700000000"}
 
 
 def test_a_record_is_what_the_decoder_reads_keyed_by_user() -> None:
@@ -60,7 +61,7 @@ def test_any_click_survives_the_way_with_its_new_time(
     events = Events(time_unit=unit, max_age_s=1e12, time="when it was")
     encoder = Encoder(events, {"action": "cart"}, LATEST)
     written = str(np.datetime64(at_ms, "ms")) if unit == "iso" else at_ms / 1000 if unit == "s" else at_ms + 10**12
-    encoded = encoder.encode(rows(**{"user": [user], "item": [1], "category": [category], "when it was": [written]}), 0)
+    encoded = encoder.encode(rows({"user": [user], "item": [1], "category": [category], "when it was": [written]}), 0)
     if encoded.at_ms[0] == NO_TIME:
         assert unit in ("auto", "ms")  # beyond the latest
         return
@@ -98,7 +99,7 @@ def test_a_row_that_is_no_click_is_sent_for_the_parser_to_refuse(fields: dict[st
 def test_a_row_that_cannot_be_split_is_sent_as_its_text() -> None:
     encoder = Encoder(Events(), {}, LATEST)
     columns = {name: [value, None] for name, value in CLICK.items()}
-    encoded = encoder.encode(rows(frozenset({1}), **columns), 3)
+    encoded = encoder.encode(rows(columns, frozenset({1})), 3)
     assert encoder.values(encoded, encoded.at_ms)[1] == b"text of 1"
     assert (encoded.keys[1], encoded.at_ms[1], encoded.file.tolist()) == (b"", NO_TIME, [3, 3])
 

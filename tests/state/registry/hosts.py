@@ -12,7 +12,7 @@ from state.errors import UnknownVersion, UnusablePlace
 from state.file_store import FileStore
 from state.registry import sharing
 from state.registry.control import start
-from state.registry.manifest import Draft, Manifest
+from state.registry.manifest import Draft, Kind, Manifest
 from state.registry.registry import SERVING, TRAINING, Registry
 from state.registry.sync import SILENT_S, Copier, DurableSender, RecentSender
 from tests.state.registry.test_registry import WHO
@@ -110,7 +110,7 @@ class Origin:
             self.registry.path, self.place, self.claim, lambda: self.durable.serial, self.elapsed
         )
 
-    def draft(self, parent: int | None, kind: str = "delta") -> Draft:
+    def draft(self, parent: int | None, kind: Kind = "delta") -> Draft:
         return replace(some_draft(parent), kind="base" if parent is None else kind, program=self.program)
 
     def publish(self, parent: int | None) -> Manifest:

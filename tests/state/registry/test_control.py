@@ -23,6 +23,7 @@ from state.registry import manifest
 from state.registry.control import (
     MOST_RELEASED,
     Control,
+    Decision,
     HeldUpdate,
     SuspectClicks,
     decode,
@@ -42,7 +43,8 @@ from state.registry.control import (
 from state.registry.controls import Controls
 from state.registry.log_line import WHOLE, LogLine, counts, from_json, has, onward, parting, to_json, turned
 
-WHO = {"actor": "ann", "reason": "because", "now_ms": 5}
+NOTHING_KEPT: dict[str, Any] = {}
+WHO: Decision = {"actor": "ann", "reason": "because", "now_ms": 5}
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ def test_masks_of_0_1_0_get_numbers_and_can_be_lifted() -> None:
         "times": [[5, 9]],
         "users": [f"{user:016x}" for user in (7, 2**64 - 1)],
     }
-    control = decode(json.dumps(old).encode(), {}.__getitem__, {}.__getitem__)
+    control = decode(json.dumps(old).encode(), NOTHING_KEPT.__getitem__, NOTHING_KEPT.__getitem__)
     assert [one.id for one in control.masks] == [1, 2, 3]
     assert control.mask == Mask(4, ((42, 1, 100, 200),), ((5, 9),), MaskedUsers.of([7, 2**64 - 1]))
     free = unmask(control, [3], **WHO)
@@ -215,7 +217,7 @@ def test_a_field_that_is_missing_is_no_control() -> None:
     document = json.loads(encode(hold(start(**WHO), HELD, **WHO)))
     del document["held"]["first"]
     with pytest.raises(ValueError, match="first"):
-        decode(json.dumps(document).encode(), {}.__getitem__, {}.__getitem__)
+        decode(json.dumps(document).encode(), NOTHING_KEPT.__getitem__, NOTHING_KEPT.__getitem__)
 
 
 def test_answers_that_an_operator_pinned_stay_there_through_hold_and_release() -> None:

@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,14 +22,14 @@ from state.features.erased import MaskedUsers
 from state.features.mask import Mask
 from state.positions import Source
 from state.process import killpoints
-from state.registry.control import Control, follow, pin, roll_back, start
+from state.registry.control import Control, Decision, follow, pin, roll_back, start
 from state.registry.manifest import Draft, LogRange, Manifest, sees
 from state.registry.model_fit import require_same_salt
 from state.registry.registry import MOST_BETWEEN, SERVING, Registry
 from tests.disks import folder_in_memory
 from tests.kills import killed_at
 
-WHO = {"actor": "ann", "reason": "because", "now_ms": 5}
+WHO: Decision = {"actor": "ann", "reason": "because", "now_ms": 5}
 SOURCE = Source("ab" * 16, 1)
 GOLDEN = Path(__file__).parents[2] / "golden" / "registry-v1"
 
@@ -174,9 +175,10 @@ def test_visible_intervals_are_the_ancestors_after_any_rollbacks(plan: list[int]
             else:
                 head = sorted(parents)[number % len(parents)]
                 to = head
-                control = registry.change(lambda c, to=to: roll_back(c, to, Mask.NONE, **WHO))
+                control = registry.change(partial(roll_back, to=to, mask=Mask.NONE, **WHO))
         for version in parents:
-            ancestors, at = set(), version
+            ancestors = set[int]()
+            at: int | None = version
             while at is not None:
                 ancestors.add(at)
                 at = parents[at]
@@ -252,9 +254,12 @@ def test_what_was_prepared_is_read_in_its_environment_alone_and_undamaged(regist
         data = registry.specs.prepared("abc", environment | changes)
         return None if data is None else bytes(data)
 
+    def write_graph(folder: Path, text: str) -> None:
+        (folder / "graph").write_text(text)
+
     for text in ("first", "second"):
         shutil.rmtree(registry.path / "specs" / "abc", ignore_errors=True)
-        registry.specs.add_spec("abc", {}, lambda folder, text=text: (folder / "graph").write_text(text))
+        registry.specs.add_spec("abc", {}, partial(write_graph, text=text))
         assert read() is None, "there is none, or it is of another bootstrap"
         registry.specs.keep_prepared("abc", environment, text.encode())
         assert read() == text.encode() and read(tensorflow="2.22.0") is None
@@ -285,6 +290,7 @@ def test_the_registry_of_release_1_is_still_read(tmp_path: Path) -> None:
     assert replace(base, files={}).marks == {SOURCE: 7}
     assert registry.read(deltas[0], SERVING) == b"rows of 1"
     control = registry.control()
+    assert control is not None
     assert (control.action, control.mask.users) == ("rollback", MaskedUsers.of([2**64 - 1]))
 
 

@@ -19,7 +19,7 @@ from state.registry import hosts
 from state.registry.control import erase, follow, pin, start, take_over, train
 from state.registry.directory import LEASE_S, Claim, Silence
 from state.registry.hosts import GONE_S, ErasureReport, HostEntry, all_erasure_reports, write_erasure_report
-from state.registry.manifest import entries
+from state.registry.manifest import Manifest, entries
 from state.registry.registry import MOST_BETWEEN, SERVING, TRAINING, Registry
 from state.registry.sharing import bind
 from state.registry.sync import (
@@ -35,7 +35,8 @@ from state.registry.sync import (
     require_newest,
 )
 from tests.kills import Killed, armed, killed_at
-from tests.state.registry.hosts import WHO, CopyHost, Elapsed, Link, Origin
+from tests.state.registry.hosts import CopyHost, Elapsed, Link, Origin
+from tests.state.registry.test_registry import WHO
 
 POINTS_OF_SENDER = ("share.pack", "share.file", "share.manifest", "share.named", "share.unnamed")
 POINTS_OF_COPIER = ("copy.control", "copy.pack", "copy.named", "copy.small")
@@ -219,8 +220,8 @@ def test_while_the_place_is_away_the_trainer_publishes_and_all_of_it_goes_later(
 ) -> None:
     links = list[Link]()
 
-    def cut(place: object) -> Link:
-        links.append(Link(place))  # type: ignore[arg-type]
+    def cut(place: FileStore) -> Link:
+        links.append(Link(place))
         return links[-1]
 
     origin = Origin(tmp_path / "trainer", url, cut)
@@ -318,8 +319,8 @@ def test_of_two_operators_on_two_hosts_one_wins_and_both_know(
     other.registry.change(lambda control: follow(control, actor="bob", reason="again", now_ms=7))
     host.look()
     Copier(origin.registry.path, origin.place, origin.elapsed).step()
-    for one in (host.registry, origin.registry):
-        assert [each.actor for each in one.controls()] == ["ann", "ann", "bob"]
+    for registry in (host.registry, origin.registry):
+        assert [each.actor for each in registry.controls()] == ["ann", "ann", "bob"]
 
 
 def test_an_operator_who_was_killed_behind_the_place_has_decided(origin: Origin, host: CopyHost) -> None:
@@ -527,7 +528,7 @@ def test_a_registry_that_was_alone_is_given_to_an_empty_place(host: CopyHost, tm
     }  # fmt: skip
 
 
-def _parts(registry: Registry, version: int) -> list:  # type: ignore[type-arg]
+def _parts(registry: Registry, version: int) -> list[Manifest]:
     base, deltas = registry.chain(version)
     return [base, *deltas]
 

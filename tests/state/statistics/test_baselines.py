@@ -38,9 +38,11 @@ def accept(registry: Path, number: int) -> AcceptedBaseline:
 def test_the_bootstrap_is_the_first_baseline_and_an_accepted_one_takes_its_place(registry: Path) -> None:
     baselines = Baselines(registry)
     first = baselines.newest(SPEC)
+    assert first is not None
     assert (first.accepted, first.statistics) == (AcceptedBaseline(0, "", "", 5), FIRST)
     accept(registry, 1)
     second = baselines.newest(SPEC)
+    assert second is not None
     assert (second.accepted, second.statistics) == (AcceptedBaseline(1, "ann", "a new season", 9), SECOND)
     assert second.schema == infer_schema(SECOND, warm=True)
     assert not [*(registry / layout.TEMPORARY).iterdir()]

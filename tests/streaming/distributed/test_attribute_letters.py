@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,10 @@ def join_nothing(worker: JobWorker) -> None:
     worker.join(profiler.update(Parser(worker.settings.events, worker.salt).parse([])))
 
 
+def has_refused(worker: JobWorker, records: int) -> bool:
+    return bool(worker.metrics.attribute_records.labels("user", "dead")._value.get() == records)
+
+
 def test_of_several_processes_the_one_that_reads_the_first_source_tells_and_who_follows_it_tells_on(
     shop: Settings,
 ) -> None:
@@ -82,13 +87,12 @@ def test_of_several_processes_the_one_that_reads_the_first_source_tells_and_who_
     assert dead_letters_in(shop) == REFUSED
     tell(shop.kafka, crm, ("user-5", b"no json"), ("user-5", {"level": 1}))
     for worker in (first, second):
-        dead = worker.metrics.attribute_records.labels("user", "dead")._value
-        until(lambda dead=dead: dead.get() == 2, "both have read it")
+        until(partial(has_refused, worker, 2), "both have read it")
     assert dead_letters_in(shop) == sorted([*REFUSED, ("undecodable", "6")])
     first.close()
     # What comes while nobody tells is read again by the next one.
     tell(shop.kafka, crm, ("user-6", b"no json"), ("user-6", {"level": 1}))
-    until(lambda: dead.get() == 3, "the second one has read it")
+    until(lambda: has_refused(second, 3), "the second one has read it")
     second.report_dead_letters()
     join_nothing(second)
     assert dead_letters_in(shop) == sorted([*REFUSED, ("undecodable", "6"), ("undecodable", "8")])

@@ -69,7 +69,7 @@ def values_in(settings: Settings, rows: int) -> list[bytes]:
 
 def of_local_form(settings: Settings, folder: Path, rows: int) -> list[bytes]:
     """What the local form writes of the same clicks, to a topic of its own."""
-    topics = {
+    topics: dict[str, Any] = {
         f"{name}_topic": f"{getattr(settings.kafka, f'{name}_topic')}-local"
         for name in ("microbatches", "dead_letters")
     }

@@ -75,7 +75,8 @@ def test_measures_are_those_of_the_examples() -> None:
 
 
 def test_a_version_predicts_churn_once_enough_was_learned_and_serving_agrees() -> None:
-    ours, said = learner(), []
+    ours = learner()
+    said: list[tuple[int, int]] = []
     for known, _ in taken(ours, iter(shoppers()[1])):
         if not said and min(ours.measures.seen) >= FEW:
             said = [ours.measures.seen]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -163,7 +163,7 @@ def log(seed: int = 1, parts: int = 60, users: int = 80) -> list[Part]:
     return found
 
 
-def read(parts: Sequence[Part]) -> list[tuple[object, ...]]:
+def read(parts: Sequence[Part]) -> list[tuple[Any, ...]]:
     """The examples as one reads them off the log: (step, user, moment, age, left, windows, action)."""
     rows: dict[int, list[tuple[int, int, tuple[object, ...]]]] = {}
     log_ms, ends = 0, []
@@ -178,16 +178,16 @@ def read(parts: Sequence[Part]) -> list[tuple[object, ...]]:
                 rows.setdefault(user, []).append((at_ms, step, what))
     found = []
     for user, held in rows.items():
-        for (at_ms, _, what), following in zip(held, [*held[1:], None], strict=True):
+        for (at_ms, _, clicked), following in zip(held, [*held[1:], None], strict=True):
             first = hashed_uniform(np.array([user ^ at_ms], np.uint64), 1, "churn.moments")[0, 0]
             moment = at_ms + int((float(first) + 1.0) * (DAY_MS / 2))
             while moment < at_ms + HORIZON.reach_ms:
-                step = next((n for n, end in enumerate(ends) if end > moment + HORIZON.span_ms + LATE_MS), None)
-                next_ms = NEVER_MS if following is None or step is None or following[1] > step else following[0]
-                if step is None or next_ms <= moment:
+                known_at = next((n for n, end in enumerate(ends) if end > moment + HORIZON.span_ms + LATE_MS), None)
+                next_ms = NEVER_MS if following is None or known_at is None or following[1] > known_at else following[0]
+                if known_at is None or next_ms <= moment:
                     break
                 left = next_ms > moment + HORIZON.span_ms
-                found.append((step, user, moment, moment - at_ms, left, *what))
+                found.append((known_at, user, moment, moment - at_ms, left, *clicked))
                 moment += DAY_MS
     return sorted(found)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
 
 from state.microbatch.batch import MicroBatch
 from state.ranking.crosses import FIRST_SHARES, Crosses, Values, logits_of
-from tests.trainer.batches import SPEC, micro_batch, spread, with_tables
+from tests.trainer.batches import SPEC, micro_batch, rows_of, spread, with_tables
 from tests.trainer.engine.test_step import learned, settings
 from tests.trainer.model.test_attributes import WANTED, with_attributes
 from trainer.engine.crosses import Crossed, crosses, first_precision, share_network
@@ -23,7 +24,7 @@ SHARES, NETWORK = NAMES.shares[:-1], NAMES.shares[-1:]
 PRECISION = first_precision(NAMES.kinds)
 
 
-def fresh(capacity: int = 4096, crosses_of_a_row: int = 4, **trainer: float) -> Trainer:
+def fresh(capacity: int = 4096, crosses_of_a_row: int = 4, **trainer: Any) -> Trainer:
     base = settings(**trainer)
     events = dataclasses.replace(base.events, context=("tab",), label="clicked")
     return with_tables(dataclasses.replace(base, attributes=WANTED, events=events), capacity, crosses_of_a_row)
@@ -145,7 +146,8 @@ def test_the_share_of_the_network_is_learned_row_by_row_from_labels_alone() -> N
         np.linspace(-1, 1, 64, dtype=np.float32), np.zeros((3, 2), np.float32), np.zeros((3, 2), np.float32), 2
     )
     engagement, found_losses = share_network(ids, batch.label, crossed, logits, losses)
-    share, known = 1.0, 0.0
+    share: float = 1.0
+    known: float = 0.0
     for row, label in enumerate(batch.label.astype(float).tolist()):
         if label != label:
             assert engagement[row] == logits[row], "a row without a label keeps its score"
@@ -159,15 +161,15 @@ def test_the_share_of_the_network_is_learned_row_by_row_from_labels_alone() -> N
         share += network * error / (HYPERPARAMETERS.share_precision + known)
         known += information * network**2
     assert abs(share - 1.0) > 0.05
-    np.testing.assert_allclose(crossed.rows, [[0, 0], [0, 0], [share - 1.0, 0]], rtol=1e-3)
-    np.testing.assert_allclose(crossed.precision, [[0, 0], [0, 0], [known, 0]], rtol=1e-3)
+    np.testing.assert_allclose(crossed.rows, [[0.0, 0.0], [0.0, 0.0], [float(share) - 1.0, 0.0]], rtol=1e-3)
+    np.testing.assert_allclose(crossed.precision, [[0.0, 0.0], [0.0, 0.0], [float(known), 0.0]], rtol=1e-3)
     np.testing.assert_array_equal(engagement[64:], logits[64:])
 
 
 def test_a_step_scores_with_the_share_of_the_network() -> None:
     last = impressions(first=900)
 
-    def scored(offset: float) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    def scored(offset: float) -> np.ndarray:
         trainer = learned(log(4), fresh())
         table = trainer.tables[CROSS]
         table.put(table.find(NETWORK), np.array([[offset, 0.0]], np.float32), np.array([[1e9, 0.0]], np.float32))
@@ -208,7 +210,7 @@ def test_a_users_taste_for_a_category_is_learned() -> None:
     scores = trainer.step(last).judged[0].pairs.logits
     assert scores[liked].mean() > scores[~liked].mean() + 0.7
     ids = crosses_of(last)[:, NAMES.names.index("user*category")].copy()
-    weights = trainer.tables[CROSS].gather(trainer.tables[CROSS].find(ids))[:, 0]
+    weights = rows_of(trainer.tables[CROSS], trainer.tables[CROSS].find(ids))[:, 0]
     assert weights[liked].mean() > weights[~liked].mean() + 0.3
 
 
@@ -241,7 +243,7 @@ def test_what_users_with_another_latest_item_take_is_learned() -> None:
     scores, liked = trainer.step(last).judged[0].pairs.logits, last.label > 0.5
     assert scores[liked].mean() > scores[~liked].mean() + 2.0
     found = trainer.crosses.ids(values_of(last))[:, trainer.crosses.names.index("latest item.1")]
-    weights = trainer.tables[CROSS].gather(trainer.tables[CROSS].find(found.copy()))
+    weights = rows_of(trainer.tables[CROSS], trainer.tables[CROSS].find(found.copy()))
     assert (weights[liked].min(0) > weights[~liked].max(0) + 0.5).all()
 
 

@@ -38,7 +38,9 @@ def test_no_table_is_ever_above_its_cap_nor_what_waits(admit_after: int) -> None
             assert len(table) <= table.max_rows and table.pending <= table.max_rows
             assert table.capacity <= table.max_rows * 9 // 8 + 2 + 64 * 40
             changes = table.take_changes()
-            left[name] += changes.removed.size if admit_after == 1 else np.count_nonzero(changes.pending_counts == 0)
+            left[name] += int(
+                changes.removed.size if admit_after == 1 else np.count_nonzero(changes.pending_counts == 0)
+            )
     # Nothing is old enough to expire: all of these were evicted, of rows or of what waits.
     assert left["user"] > 30 and left["item"] > 30 and left["cross"] > 400
     assert trainer.tables["cross"].max_rows == CROSSES_OF_A_ROW * ROWS and trainer.tables["category"].max_rows == ROWS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,10 +25,11 @@ from state.ranking.item_scores import (
     Workspace,
     sources_of,
 )
-from tests.bench.recorded import SOURCE, micro_batches, plain
+from tests.bench.recorded import SOURCE, Recorded, micro_batches, plain
 from trainer.engine.engine import Scores
 from trainer.engine.interest_counts import InterestCounts
 from trainer.engine.item_ranking import ItemRanking
+from trainer.engine.report import Update
 from trainer.engine.step import Trainer
 from trainer.versions import checkpoint, content
 
@@ -35,7 +37,7 @@ ROWS = 256
 CATEGORIES = np.arange(101, 109, dtype=np.uint64)
 
 
-def clicks(rows: int, repeats: float, seed: int = 5) -> MicroBatch:
+def clicks(rows: int, repeats: float, seed: int = 5) -> Recorded:
     """Readers who each click an item that is popular now, or with some probability one of their latest three again."""
     chance = np.random.default_rng(seed)
     users = chance.integers(1, 60, rows).astype(np.uint64)
@@ -245,20 +247,21 @@ def test_the_model_itself_learns_the_same_as_without_the_correction() -> None:
     assert all(counted.tables[name].digest() == table.digest() for name, table in alone.tables.items())
 
 
-def test_a_score_has_the_correction_of_the_next_step() -> None:
+def test_a_score_has_the_correction_of_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = trained(6)
     *_, batch = clicks_on_the_popular(7)
     first = batch.rows(slice(0, 1))
     scored = trainer.score(first)
     corrected: list[np.ndarray] = []
+    assert trainer.interest_counts is not None
     learn = trainer.interest_counts.learn
 
-    def kept(*given: object) -> object:
+    def kept(*given: Any) -> list[Update]:
         updates = learn(*given)
         corrected.append(updates[0].scores.popular_logits)
         return updates
 
-    trainer.interest_counts.learn = kept
+    monkeypatch.setattr(trainer.interest_counts, "learn", kept)
     trainer.step(first)
     np.testing.assert_allclose(scored["popular_logits"], corrected[0], rtol=1e-5, atol=1e-5)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from deploy.serving.answers.tensor_model import BY_ID, VECTOR, signatures_of, te
 from state.errors import ProgramError, SettingsError, UnknownVersion
 from state.events.identity import Salt, ids_in, user_id
 from state.layout import REGISTRY
+from state.lowering import Quantize
 from state.ranking.crosses import with_network_share
 from state.registry.control import pin
 from state.registry.registry import Registry
@@ -32,7 +34,7 @@ from tests.trainer.clicks import SMALL, SPEC, microbatch, small_settings
 from tests.trainer.logs import ABOUT, learner, run_to_end, started, write_transform, written
 from trainer.engine.step import Trainer
 from trainer.exporting import command, device_file, exporting, saved_model
-from trainer.exporting.device_file import Quantize, choose
+from trainer.exporting.device_file import choose
 from trainer.exporting.exporting import agreement
 from trainer.exporting.saved_model import KnownAnswers
 from trainer.model.preprocessing import preprocessing_of
@@ -159,9 +161,7 @@ def test_a_devices_file_has_rows_by_place_and_says_how_far_it_is_off(
     sizes, apart = {}, {}
     for quantize in forms:
         path = tmp_path / f"{quantize}.tflite"
-        told = said(
-            lambda say, path=path, quantize=quantize: exporting.export_device_file(of, path, users, 1000, quantize, say)
-        )
+        told = said(partial(exporting.export_device_file, of, path, users, 1000, quantize))
         assert (
             f"{quantize}; rows: " in told and f"{len(users)} of user" in told and "user of 100% of the examples" in told
         )
@@ -252,7 +252,7 @@ def test_named_users_are_answered_as_serving_answers(stores: Stores, tmp_path: P
         }
     asked = ["ann", "stranger", "bob"]
     items = ["i1", "", "i2"]
-    given = {"user_id": asked, "item": items, "category": [""], "at": [-1]}
+    given: dict[str, Sequence[object]] = {"user_id": asked, "item": items, "category": [""], "at": [-1]}
     found = by_id(
         **{name: tf.constant(value, tf.int64 if name == "at" else tf.string) for name, value in given.items()}
     )
@@ -275,7 +275,7 @@ def test_named_users_are_answered_as_serving_answers(stores: Stores, tmp_path: P
             by_id(**{one: tf.constant(value, tf.int64 if one == "at" else tf.string) for one, value in odd.items()})
 
 
-def from_graph(path: Path, given: dict[str, list[object]]) -> dict[str, np.ndarray]:
+def from_graph(path: Path, given: Mapping[str, Sequence[object]]) -> dict[str, np.ndarray]:
     """What the graph and its signature alone answer: so TensorFlow Serving loads it, which knows no Python."""
     with tf.Graph().as_default(), tf.compat.v1.Session() as session:
         (meta,) = [tf.compat.v1.saved_model.load(session, ["serve"], str(path))]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ from trainer.measures.slices import DECILES
 
 
 def updated(evaluation: Evaluation, rng: np.random.Generator, rows: int) -> dict[str, np.ndarray]:
-    step = {
+    step: dict[str, Any] = {
         "log_loss": rng.random(rows).astype(np.float32),
         "top1": rng.random(rows) < 0.4,
         "top5": rng.random(rows) < 0.7,

@@ -64,7 +64,9 @@ class BruteForce:
         found = {"model": dict(sorted(weights.items(), key=lambda one: (-row.logits[one[0]], one[0])))}
         found["popular"] = dict(sorted(self.popular.items(), key=lambda one: (-one[1], one[0])))
         found["previous"] = {row.newest: 1.0} if row.newest else {}
-        found["came_next"] = dict(self.came_next[row.newest]) if row.newest else {}
+        found["came_next"] = (
+            {category: float(count) for category, count in self.came_next[row.newest]} if row.newest else {}
+        )
         return {
             name: {one: weight / sum(said.values()) for one, weight in said.items()} for name, said in found.items()
         }
@@ -128,9 +130,17 @@ def record_of(rows: list[Row], transitions: CountTable) -> tuple[Record, Scores]
     targets = Targets(np.array([row.slot for row in rows], np.int32), zeros, zeros, zeros, zeros, zeros, zeros)
     ids = {"recent": recent, "category": np.array([row.category for row in rows], np.uint64)}
     newest = transitions.find(np.ascontiguousarray(recent[:, 0]))
-    parts = np.split(logits, (RECENT, RECENT + POPULAR), axis=1)
+    recent_logits, popular, successors = np.split(logits, (RECENT, RECENT + POPULAR), axis=1)
     empty = np.zeros(count, np.float32)
-    scores = Scores(*parts, empty, np.zeros(count, np.int32), np.zeros(2 * count, np.float32), np.zeros(2 * count))
+    scores = Scores(
+        recent_logits,
+        popular,
+        successors,
+        empty,
+        np.zeros(count, np.int32),
+        np.zeros(2 * count, np.float32),
+        np.zeros(2 * count, np.float32),
+    )
     return Record(ids, {}, targets, np.zeros(count, np.int64), (0, 0), newest), scores
 
 

@@ -45,7 +45,7 @@ def test_each_slice_has_the_measures_of_its_rows() -> None:
         places = np.stack([rng.integers(0, 2, rows), rng.integers(0, 3, rows)])
         partner = (np.arange(rows) + 1) % rows
         steps.append((places, partner, judged(rng, rows)))
-        ours.update(places, partner, steps[-1][2])
+        ours.update(list(places), partner, steps[-1][2])
     found = {(one.dimension, one.value): one for one in ours.measures(SHOWN)}
     assert len(found) == 5
     weights = np.cumprod([0.5 ** (len(said.rows) / HALF_LIFE_ROWS) for _, _, said in steps[::-1]])
@@ -53,15 +53,15 @@ def test_each_slice_has_the_measures_of_its_rows() -> None:
     for number, dimension in enumerate(SHOWN):
         for place, value in enumerate(SHOWN[dimension]):
             one = found[dimension, value]
-            rows, pairs = [], []
+            of_rows, pairs = [], []
             for weight, (places, partner, said) in zip(weights, steps, strict=True):
                 mine = places[number] == place
-                rows.append((said.rows[mine[said.targets]], weight))
+                of_rows.append((said.rows[mine[said.targets]], weight))
                 whose = np.concatenate([mine, mine[partner] if by_item[number] else mine])[said.pairs.scored]
-                columns = (said.pairs.logits, said.pairs.predicted, said.pairs.positive, said.pairs.losses)
-                pairs.append(([column[whose] for column in columns], weight))
-            w = np.concatenate([np.full(len(part), weight) for part, weight in rows])
-            columns = np.concatenate([part for part, _ in rows])
+                of_pairs = (said.pairs.logits, said.pairs.predicted, said.pairs.positive, said.pairs.losses)
+                pairs.append(([column[whose] for column in of_pairs], weight))
+            w = np.concatenate([np.full(len(part), weight) for part, weight in of_rows])
+            columns = np.concatenate([part for part, _ in of_rows])
             losses = columns[:, SUMS.index("log_loss")]
             assert one.figures["log_loss"] == pytest.approx((w * losses).sum() / w.sum())
             equal = w.sum() ** 2 / (w**2).sum()
@@ -85,12 +85,12 @@ def test_each_slice_has_the_measures_of_its_rows() -> None:
 def test_state_continues_with_the_same_bits_and_other_slices_start_from_scratch() -> None:
     rng, one = np.random.default_rng(4), Breakdown(("action",), (2,), (False,))
     places, partner = np.zeros((1, 50), np.uint8), np.arange(50)
-    one.update(places, partner, judged(rng, 50))
+    one.update(list(places), partner, judged(rng, 50))
     other, third = Breakdown(("action",), (2,), (False,)), Breakdown(("action",), (4,), (False,))
     other.load(one.state())
     later = judged(rng, 50)
     for each in (one, other):
-        each.update(places, partner, later)
+        each.update(list(places), partner, later)
     shown = {"action": ("view", "buy")}
     assert dict(values(one.measures(shown))) == dict(values(other.measures(shown))) != {}
     third.load(one.state())
@@ -101,8 +101,8 @@ def test_a_slice_without_new_rows_loses_its_figures() -> None:
     """A day of an eager shop: the squares of its weights are 0 long before its rows are, and a share of them is 0 sooner."""
     rng, one = np.random.default_rng(8), Breakdown(("users",), (2,), (False,))
     shown, rows, told = {"users": ("new", "known")}, HALF_LIFE_ROWS // 2, set()
-    one.update(np.zeros((1, rows), np.uint8), np.arange(rows), judged(rng, rows))
-    known, said = np.ones((1, rows), np.uint8), judged(rng, rows)
+    one.update([np.zeros(rows, np.uint8)], np.arange(rows), judged(rng, rows))
+    known, said = [np.ones(rows, np.uint8)], judged(rng, rows)
     for _ in range(2200):
         one.update(known, np.arange(rows), said)
         new, other = one.measures(shown)
@@ -181,6 +181,6 @@ def test_a_dimension_of_items_follows_the_negative() -> None:
         pairs=ScoredPairs(np.ones(4, np.bool_), np.zeros(4), np.full(4, 0.5), positive, np.full(4, np.log(2)))
     )
     ours = Breakdown(("brand",), (2,), (True,))
-    ours.update(np.array([[0, 1]]), np.array([1, 1]), said)
+    ours.update([np.array([0, 1])], np.array([1, 1]), said)
     found = {one.value: one.figures for one in ours.measures({"brand": ("a", "b")})}
     assert (found["a"]["calibration"], found["b"]["calibration"]) == (0.5, 1.5)

@@ -12,7 +12,7 @@ from state.config.sections import Attributes
 from state.config.sources import fields_of
 from state.microbatch.batch import MicroBatch
 from state.microbatch.codec import decode, encode
-from tests.trainer.batches import micro_batch, with_tables
+from tests.trainer.batches import micro_batch, rows_of, with_tables
 from tests.trainer.engine.test_step import digests, learned, settings
 from trainer.engine.step import Trainer
 from trainer.measures.slices import FIRST, SliceMeasures, Slices
@@ -48,11 +48,11 @@ def log(count: int = 4, rows: int = 64) -> list[MicroBatch]:
     return [with_attributes(micro_batch(rows, first=number * rows)) for number in range(count)]
 
 
-def row(trainer: Trainer, one: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+def row(trainer: Trainer, one: int) -> np.ndarray:
     table = trainer.tables["context"]
     (at,) = table.find(np.array([one], np.uint64)).tolist()
     assert at, "the id has no row"
-    found: np.ndarray[tuple[int], np.dtype[np.float32]] = table.gather(np.array([at], np.int32))[0]
+    found: np.ndarray = rows_of(table, np.array([at], np.int32))[0]
     return found
 
 

@@ -15,7 +15,7 @@ from state.features.mask import Mask
 from state.log import Log
 from state.microbatch.codec import decode, encode
 from state.registry import privacy_ledger
-from state.registry.control import erase, roll_back
+from state.registry.control import Decision, erase, roll_back
 from state.registry.directory import Directory
 from state.registry.privacy_ledger import PrivacyLedger
 from state.registry.registry import Registry
@@ -174,7 +174,7 @@ def test_an_erasure_costs_nothing_unless_records_before_it_are_learned_again(tmp
     registry, log = started(settings(path).registry_dir), written(RECORDS[:2])
     running = run(registry, log, path, *FIRST_ONLY)
     before = privacy_ledger.read(settings(path).privacy_ledger_path)
-    who = {"actor": "ann", "reason": "asked to", "now_ms": 5}
+    who: Decision = {"actor": "ann", "reason": "asked to", "now_ms": 5}
     registry.change(lambda control: erase(control, MaskedUsers.of([3]), [(1, 0, 1)], **who))
     append(log, RECORDS[2:3])
     running.caught_up = False

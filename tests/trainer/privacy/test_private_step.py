@@ -9,9 +9,10 @@ import pytest
 
 from state.microbatch.batch import MicroBatch
 from state.ranking.crosses import Values
+from tests.trainer.batches import rows_of
 from tests.trainer.privacy.batches import CONTEXT, labelled, place, shared
 from trainer.engine.engine import CROSS
-from trainer.engine.private_engine import FROZEN, LISTED, LOSSES, USER
+from trainer.engine.private_engine import FROZEN, LISTED, LOSSES, USER, PrivateEngine
 from trainer.engine.private_step import ROUNDING, Noise, PrivateTrainer, Units, clipped
 from trainer.engine.record import Record
 from trainer.model.hyperparameters import HYPERPARAMETERS
@@ -36,6 +37,11 @@ def learned(one: PrivateTrainer, first: int, last: int) -> str:
     return checkpoint.digest(one)
 
 
+def engine_of(one: PrivateTrainer) -> PrivateEngine:
+    assert isinstance(one.engine, PrivateEngine)
+    return one.engine
+
+
 def records_of(one: PrivateTrainer, *batches: MicroBatch) -> list[Record]:
     """The records of batches, of all of whose ids the trainer has rows."""
     for batch in (*batches, *batches):
@@ -46,13 +52,13 @@ def records_of(one: PrivateTrainer, *batches: MicroBatch) -> list[Record]:
 def told(one: PrivateTrainer, record: Record) -> np.ndarray:
     """The sum of the gradients of a record by all that an update tells, without noise."""
     measured = one.engine.measure(record, move=False)
-    silent = one.engine.noised(measured, record, lambda name, count: np.zeros(count), 0.0).found
-    rows = dict(zip(one.engine._embeddings, silent.sparse, strict=True))[LISTED].numpy()
+    silent = engine_of(one).noised(measured, record, lambda name, count: np.zeros(count), 0.0).found
+    rows = dict(zip(engine_of(one)._embeddings, silent.sparse, strict=True))[LISTED].numpy()
     # In the order of the popular categories: which rows come first depends on the others.
     places = one.tables[LISTED].find(record.ids["popular"])
     found = [measured.rows[LISTED].tolist().index(place) for place in places.tolist()]
     parts = [part.numpy().reshape(-1) for part in silent.dense]
-    crosses, derivatives = one.engine.crosses.derivatives(record, measured.scores.engagement[: len(record)])
+    crosses, derivatives = engine_of(one).crosses.derivatives(record, measured.scores.engagement[: len(record)])
     by_cross = np.zeros(one.tables[CROSS].capacity)
     by_cross[measured.rows[CROSS][crosses]] = derivatives
     return np.concatenate([*parts, rows[found].reshape(-1), by_cross]).astype(np.float64)
@@ -124,7 +130,7 @@ def test_no_unit_changes_a_release_by_more_than_the_bound(made: PrivateTrainer, 
         user=batch.user[np.arange(40) // 4],
     )  # fmt: skip
     (record,) = records_of(made, batch)
-    lengths = made.engine.lengths(record, tuple(LOSSES))
+    lengths = engine_of(made).lengths(record, tuple(LOSSES))
     for loss, bounds in zip(LOSSES, lengths.T, strict=True):
         one = dataclasses.replace(record, targets=only_loss(record, loss))
         exact = np.array(
@@ -134,7 +140,7 @@ def test_no_unit_changes_a_release_by_more_than_the_bound(made: PrivateTrainer, 
         some = exact > 1e-4 * exact.max()
         assert some.any() and (bounds[some] <= 3.0 * exact[some]).all(), "and no idle one"
     of = np.unique(batch.user, return_inverse=True)[1] if by_user else np.arange(40)
-    within = made.private.within(made.engine, record, Units(of, np.ones(40, np.bool_)))
+    within = made.private.within(engine_of(made), record, Units(of, np.ones(40, np.bool_)))
     longest = [np.linalg.norm(told(made, only(within, of == unit, np.ones(40)))) for unit in range(of.max() + 1)]
     assert max(longest) <= CLIP
     assert max(longest) > 0.3 * CLIP, "some are clipped"
@@ -169,7 +175,7 @@ def test_a_users_own_crosses_are_learned_row_after_row_and_read_no_row_of_others
     batch, first = labelled(7, 48), np.arange(48) < 24
     batch = dataclasses.replace(batch, user=np.where(first, np.uint64(1), np.uint64(2)))
     otherwise = dataclasses.replace(batch, label=np.where(first, 1 - batch.label, batch.label).astype(np.float32))
-    one, other = (made.engine.crosses.measure(record)[1].logits for record in records_of(made, batch, otherwise))
+    one, other = (engine_of(made).crosses.measure(record)[1].logits for record in records_of(made, batch, otherwise))
     assert (one[first] != other[first]).any() and one[~first].any()
     assert (one[~first] == other[~first]).all()
 
@@ -181,14 +187,15 @@ def test_the_noise_has_its_deviation_on_everything_shared(made: PrivateTrainer) 
     record = only(record, np.zeros(len(record), bool), np.zeros(len(record)))
     plain = made.engine.measure(record, move=False)
     deviation = made.private.noise * CLIP
-    noised = made.engine.noised(plain, record, made.private._normal(update), deviation)
+    noised = engine_of(made).noised(plain, record, made.private._normal(update), deviation)
     found = noised.found
-    tables = dict(zip(made.engine._embeddings, found.sparse, strict=True))
+    tables = dict(zip(engine_of(made)._embeddings, found.sparse, strict=True))
     popular = (record.ids["popular"] != 0).sum()
     moved = tables[LISTED].numpy()[np.abs(tables[LISTED].numpy()).sum(1) > 0]
     assert len(moved) == popular > 0
     assert all(not tables[name].numpy().any() for name in ("item", "context", "user"))
-    before = made.tables[CROSS].gather(plain.rows[CROSS])
+    before = rows_of(made.tables[CROSS], plain.rows[CROSS])
+    assert noised.crossed is not None
     assert np.count_nonzero(noised.crossed.rows[:, 0] != before[:, 0]) == np.unique(record.ids["cross"]).size - 1 > 0
     dense = dict(zip(made.model.weights(), found.dense, strict=True))
     frozen = [dense.pop(name).numpy() for name in list(dense) if name.startswith(FROZEN)]
@@ -242,4 +249,4 @@ def test_a_record_without_a_place_is_refused(made: PrivateTrainer) -> None:
     with pytest.raises(ValueError, match="a place in the log"):
         made.step(labelled(0))
     with pytest.raises(ValueError, match="trainer_of"):
-        made.engine.measure(*records_of(made, labelled(0)))
+        made.engine.measure(records_of(made, labelled(0))[0])

@@ -126,6 +126,7 @@ def test_the_first_version_laid_on_the_old_one_is_the_trainer_that_goes_on(regis
     user = int(ours.tables["user"].state().ids[0])
     with store.reader() as reader:
         old, new = (reader.version(number) for number in (version, now))
+        assert old is not None and new is not None
         assert len(reader.row("user", user, old) or b"") == 4 * 8
         assert reader.row("user", user, new) is None
     theirs.step(batches(7, 8)[0])
@@ -168,12 +169,12 @@ def test_a_table_that_is_read_no_longer_leaves_nothing_and_begins_anew_when_it_c
 
 
 def test_plan_is_told_in_words() -> None:
-    old = {
+    old: dict[str, np.ndarray] = {
         "user.ids": np.zeros(3, np.uint64), "user.rows": np.zeros((3, 4), np.float32),
         "dense.kept": np.zeros((2, 2), np.float32), "dense.gone": np.zeros(5, np.float32),
         "state.counters.steps": np.array(7), "state.counters.trained": np.array(1234),
     }  # fmt: skip
-    fresh = {
+    fresh: dict[str, np.ndarray] = {
         "user.ids": np.zeros(0, np.uint64), "user.rows": np.zeros((0, 8), np.float32),
         "dense.kept": np.ones((2, 2), np.float32), "dense.new": np.ones(6, np.float32),
     }  # fmt: skip
@@ -205,9 +206,9 @@ def test_fast_weights_keep_their_slots_only_together() -> None:
     }
     kept = carried(old, fresh, plan(old, fresh), ("a", "b"))
     assert kept["slots.moving.accum"].tolist() == [5.0] * 4
-    assert (kept["slots.powers"][0], kept["state.guard.skipped"]) == (0.5, 3)
+    assert (kept["slots.powers"][0], int(kept["state.guard.skipped"])) == (0.5, 3)
     other = fresh | {"dense.b": np.ones(3, np.float32)}
     anew = carried(old, other, plan(old, other), ("a", "b"))
     assert anew["slots.moving.accum"].tolist() == [0.0] * 4
-    assert (anew["slots.powers"][0], anew["state.guard.skipped"]) == (0.9, 0)
+    assert (anew["slots.powers"][0], int(anew["state.guard.skipped"])) == (0.9, 0)
     assert anew["dense.a"].tolist() == [0.0, 0.0]

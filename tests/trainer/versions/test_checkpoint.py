@@ -194,6 +194,7 @@ def test_one_changed_value_of_a_row_is_named(table: str, field: str, row: int, p
     other[f"{table}.{field}"] = other[f"{table}.{field}"].copy()
     other[f"{table}.{field}"][row, position] = -3.5
     found = first_difference(state(), other)
+    assert found is not None
     assert (found.table, found.field, found.position) == (table, field, position)
     assert found.id == [5, 7, 2**63][row]
     assert found.recomputed == "-3.5"

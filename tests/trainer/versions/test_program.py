@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,7 +85,7 @@ def test_a_saved_transform_is_part_of_the_program(tmp_path: Path) -> None:
             self.mean = tf.Variable(tf.fill([128], 2.0))
 
         @tf.function(input_signature=[{"features": tf.TensorSpec([None, 128], tf.float32)}])
-        def transform_fn(self, inputs: object) -> object:
+        def transform_fn(self, inputs: dict[str, Any]) -> dict[str, Any]:
             return {"features": (tf.math.log1p(inputs["features"]) - self.mean)[:, :100]}
 
     tf.saved_model.save(Transform(), str(tmp_path / "transform_fn"))

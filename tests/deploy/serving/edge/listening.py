@@ -51,7 +51,7 @@ class Listening:
 async def listening(app: Asgi, limits: ConnectionLimits = LIMITS) -> AsyncIterator[Listening]:
     """Listens for as long as the block lasts."""
     loop, registry, state = asyncio.get_running_loop(), CollectorRegistry(), ServerState()
-    config = uvicorn.Config(app, log_level="warning", lifespan="off", ws="none", access_log=False, proxy_headers=False)  # type: ignore[arg-type]
+    config = uvicorn.Config(app, log_level="warning", lifespan="off", ws="none", access_log=False, proxy_headers=False)
     metrics = WorkerMetrics(registry)
 
     def count(reason: str) -> None:

@@ -6,6 +6,7 @@ import socket
 import ssl
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import grpc
 import httpx
@@ -166,7 +167,7 @@ def test_a_worker_asks_for_tokens_over_tls_and_takes_up_new_files(stores: Stores
     """HTTP and gRPC; the operator's own look at metrics is let in; nothing is restarted."""
     cert, key, port, grpc_port = tmp_path / "cert.pem", tmp_path / "key.pem", free_port(), free_port()
     write_certificate(cert, key)
-    more = {"tokens": "on", "tls_cert": str(cert), "tls_key": str(key)}
+    more: dict[str, Any] = {"tokens": "on", "tls_cert": str(cert), "tls_key": str(key)}
     settings = replace(stores.settings, serving=replace(stores.settings.serving, port=port, **more))
     with worker(stores, port, 1, grpc_port, **more) as process:
         until(lambda: scrape.fetch(serving_address(settings, "/readyz"))[0] == 200)

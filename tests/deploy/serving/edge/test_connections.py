@@ -260,6 +260,7 @@ def test_requests_in_pieces_and_many_at_once_are_answered_in_order() -> None:
 def test_requests_that_are_pipelined_and_never_read_stop_their_own_connection_only() -> None:
     """Few of them are held, the socket is read no further, and another client is answered meanwhile."""
     answered = most_waiting = 0
+    state: Any = None
 
     async def counting(scope: Any, receive: Any, send: Any) -> None:
         nonlocal answered, most_waiting
@@ -288,7 +289,6 @@ def test_requests_that_are_pipelined_and_never_read_stop_their_own_connection_on
         pushing.cancel()
         await asyncio.wait([pushing])
 
-    state: Any = None
     run(test, counting)
 
 

@@ -6,6 +6,7 @@ import asyncio
 import ctypes
 import socket
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import uvloop
@@ -72,7 +73,7 @@ def test_an_unprepared_server_leaves_with_its_connections_and_comes_back() -> No
                 Named(name),
                 ConnectionLimits(10.0, 100),
                 0.0,
-                opened=lambda name=name: opened.append(name),
+                opened=partial(opened.append, name),
                 rotation=rotation,
             )
             for name, rotation in zip(("first", "second"), rotations, strict=True)

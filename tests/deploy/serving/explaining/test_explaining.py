@@ -10,7 +10,6 @@ import pytest
 
 from deploy.serving.answers.explaining import (
     EXACT,
-    NOBODY,
     ORDERS,
     Coalitions,
     Group,
@@ -19,7 +18,7 @@ from deploy.serving.answers.explaining import (
     groups_of,
 )
 from deploy.serving.answers.predictor import Predictor
-from deploy.serving.answers.query import Query
+from deploy.serving.answers.query import NOBODY, Query
 from deploy.serving.answers.queue import finished
 from springtide_client.answers import BehindIt, Explanation
 from state.errors import BadRequest

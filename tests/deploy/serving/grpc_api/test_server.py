@@ -221,7 +221,7 @@ def test_answers_are_those_of_http_and_what_is_wrong_is_an_invalid_argument(stor
             user_id="ann", items=[{"item": "i1"}, {"item": "new", "category": "shoes"}, {"item": "x"}]
         )
         ranked = call(channel, "Rank", ranking, "RankResponse").items
-        body = {"user_id": "ann", "items": ["i1", {"item": "new", "category": "shoes"}, "x"]}
+        body: dict[str, Any] = {"user_id": "ann", "items": ["i1", {"item": "new", "category": "shoes"}, "x"]}
         wanted = httpx.post(f"{url}/v1/rank", json=body, timeout=60, verify=False).json()["items"]
         assert [each.item for each in ranked] == [each["item"] for each in wanted]
         assert [each.category for each in ranked if each.HasField("category")] == [
@@ -256,12 +256,12 @@ def test_answers_are_those_of_http_and_what_is_wrong_is_an_invalid_argument(stor
         assert [len(each.events) for each in why.reasons] == [len(each["events"]) for each in same["reasons"]]
         # 5. Near.
         near: list[Any] = []
-        until(
-            lambda: (
-                near.extend(call(channel, "Similar", of("SimilarRequest")(user_id="ann"), "SimilarResponse").items)
-                or near
-            )
-        )
+
+        def found_near() -> bool:
+            near.extend(call(channel, "Similar", of("SimilarRequest")(user_id="ann"), "SimilarResponse").items)
+            return bool(near)
+
+        until(found_near)
         (nearest,) = httpx.get(f"{url}/v1/similar/ann", timeout=60, verify=False).json()["items"]
         assert (near[0].id, near[0].category) == (nearest["id"], "hats")
         assert near[0].similarity == pytest.approx(nearest["similarity"], rel=1e-5)

@@ -17,6 +17,7 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import GenerationMode
+from schemathesis.core.result import Ok
 from schemathesis.specs.openapi import checks
 
 from deploy.serving.requests import http as endpoints
@@ -158,6 +159,7 @@ def asked(document: dict[str, Any], mode: GenerationMode, most: int, ask_one: An
     """Calls `ask_one` with cases of each operation of the document."""
     schema = schemathesis.openapi.from_dict(document)
     for result in schema.get_all_operations():
+        assert isinstance(result, Ok)
         operation = result.ok()
         said = document["paths"][operation.path][operation.method]
         if mode.is_negative and not said["parameters"] and "requestBody" not in said:
@@ -180,7 +182,7 @@ def test_what_is_asked_is_answered_as_the_document_says(app: App, mode: Generati
     found = set()
 
     async def send(requests: dict[str, Any]) -> httpx.Response:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app)) as client:  # type: ignore[arg-type]
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app)) as client:
             given = {name: value for name, value in requests.items() if value is not None and name != "cookies"}
             if "data" in given:
                 given["content"] = given.pop("data")

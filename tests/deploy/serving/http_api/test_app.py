@@ -38,7 +38,7 @@ def ask(app: App, method: str, path: str, **more: Any) -> httpx.Response:
     """One request through ASGI."""
 
     async def go() -> httpx.Response:
-        transport = httpx.ASGITransport(app=app)  # type: ignore[arg-type]
+        transport = httpx.ASGITransport(app=app)
         async with httpx.AsyncClient(transport=transport, base_url="http://worker") as client:
             return await client.request(method, path, **more)
 
@@ -103,7 +103,7 @@ def test_a_path_is_rightly_percent_encoded(app: App, path: bytes) -> None:
 
 def test_a_batch_is_answered_in_order(app: App) -> None:
     """Both forms of the body; each profile is what it would be alone, but for the last bit of a sum in a batch."""
-    asked = {"users": ["bob", "ann"], "fields": ["vector", "features"]}
+    asked: dict[str, Any] = {"users": ["bob", "ann"], "fields": ["vector", "features"]}
     both = ask(app, "POST", "/v1/profiles:batch", json=asked).json()["profiles"]
     assert [one["user_id"] for one in both] == ["bob", "ann"]
     alone = ask(app, "GET", "/v1/profiles/ann?fields=vector,features").json()

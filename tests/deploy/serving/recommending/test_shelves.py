@@ -36,7 +36,7 @@ def store(tmp_path: Path) -> Iterator[HistoryStore]:
     made.close()
 
 
-def news(kept: Remembered, store: HistoryStore, events: Events, at_ms: int) -> dict[str, bytes]:
+def news(kept: Remembered, store: HistoryStore, events: Events, at_ms: int) -> dict[str, bytes | None]:
     """As `Upkeep` makes them."""
     return kept.news(events, {}, at_ms) | ItemFeed(store).news(events, at_ms)
 
