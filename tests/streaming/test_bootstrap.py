@@ -271,7 +271,7 @@ def test_examples_are_bit_for_bit_the_rows_that_the_stream_makes(made: tuple[Pat
     assert {*found["category"].view(np.uint64).tolist()} <= {public_id(f"c{number}") for number in range(9)}
 
 
-def test_one_late_row_costs_the_sample_itself_only(tmp_path: Path) -> None:
+def test_a_stray_costs_the_sample_itself_only(tmp_path: Path) -> None:
     lines = write_recording(tmp_path).read_text().splitlines()
     (tmp_path / "clicks.csv").write_text("\n".join([*lines, f"u1,i1,c1,view,{BEGIN_S + 60 * 86_400},,", ""]))
     settings, said = load(flags_of(tmp_path), env={}), list[str]()
@@ -282,7 +282,7 @@ def test_one_late_row_costs_the_sample_itself_only(tmp_path: Path) -> None:
             for events in parse.process(batch):
                 list(compute.process(events))
         assert sample.context.tally.clicks == ROWS
-    assert f"clicks.csv:{len(lines) + 1}: 1 row is long after all the others" in said[0]
+    assert f"clicks.csv:{len(lines) + 1}: 1 row of {ROWS + 2} is left out" in said[0]
 
 
 def test_a_label_that_came_later_is_in_the_example_of_its_impression_and_one_without_a_label_in_none(
