@@ -37,7 +37,7 @@ from state.process.commands import parser_of
 from state.process.environment import wall_ms
 from state.process.part import run_command, stop_on_signals
 from state.recordings.files import as_settings, chosen, digest
-from state.recordings.rows import NO_TIME, as_utc, mapped_fields, shown_reasons
+from state.recordings.rows import NO_TIME, as_utc, left_out, mapped_fields, shown_reasons
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -163,7 +163,8 @@ def summary(outcome: Outcome, topic: str, took_s: float) -> str:
         parts.append(f"{position.unsendable:,} too large to send")
     total = "" if outcome.total is None else f" of {outcome.total:,}"
     state = "complete" if position.complete else f"row {position.acknowledged:,}{total}; the same command resumes there"
-    return f"{sent}: {', '.join(parts)}; {state}"
+    lines = [left_out(position.refused, position.acknowledged), f"{sent}: {', '.join(parts)}; {state}"]
+    return "\n".join(line for line in lines if line)
 
 
 def report(findings: Findings, files: int, topic: str) -> str:
@@ -171,16 +172,19 @@ def report(findings: Findings, files: int, topic: str) -> str:
 
     >>> print(report(Findings(9, {"wrong_type": (3, ["a.csv:4", "a.csv:7"])}, [], ['{"user":"u"}']), 1, "clicks"))
     9 rows of 1 file: 6 clicks, 3 dead letters (3 wrong_type)
+    WARNING: 33 % of the rows are left out: 3 dead letters (3 wrong_type)
     wrong_type: a.csv:4, :7 and 1 more
     the first events as they would be sent to clicks:
       {"user":"u"}
     nothing was sent: without --dry-run the same command sends the rows
     """
     counts = {reason: count for reason, (count, _) in findings.refused.items()}
+    warning = left_out(counts, findings.rows)
     unsendable = f", {len(findings.unsendable):,} too large to send" if findings.unsendable else ""
     lines = [
         f"{findings.rows:,} rows of {files} file{'s' * (files != 1)}: {findings.clicks:,} clicks, "
-        f"{shown_reasons(counts)}{unsendable}"
+        f"{shown_reasons(counts)}{unsendable}",
+        *([warning] if warning else []),
     ]
     named = {reason: locations for reason, (_, locations) in findings.refused.items()} | {
         "too large to send": findings.unsendable

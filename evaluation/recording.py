@@ -36,7 +36,7 @@ from state.microbatch.batch import MicroBatch
 from state.microbatch.codec import decode
 from state.process.environment import wall_ms
 from state.recordings.files import Recording
-from state.recordings.rows import NO_TIME, shown_reasons
+from state.recordings.rows import NO_TIME, left_out, shown_reasons
 from streaming.attributes import Join
 from streaming.context import open_job
 from streaming.past import recorded_batches, topic_of
@@ -133,6 +133,8 @@ def read_files(
         refusals = f": {shown_reasons(events.refused)}" if events.refused else ": the recording is empty"
         do = "correct [events] (fields, actions, time_unit, decoder), --columns or --constant"
         raise SettingsError(f"no row of {names} is a click{refusals}", do if events.refused else "name another file")
+    if warning := left_out(events.refused, len(events) + events.refused.total()):
+        say(warning)
     return events
 
 

@@ -55,7 +55,7 @@ from state.microbatch.examples import record_batch as example_batch
 from state.process.commands import parser_of
 from state.process.part import Work, own_stderr, quiet_stderr, quiet_tensorflow, run_process
 from state.recordings.files import Recording, as_settings, chosen
-from state.recordings.rows import shown_reasons
+from state.recordings.rows import left_out, shown_reasons
 from state.registry.model_fit import require_same_salt
 from state.registry.registry import Registry
 from state.statistics.baselines import baseline_files, infer_schema
@@ -179,6 +179,8 @@ class Sample(JobContext):
         self.say(
             f"{tally.clicks:,} clicks{dead} read in {now_s - self.began_s:.1f} s ({self._rate(now_s):,.0f} rows/s)"
         )
+        if warning := left_out(tally.refused, tally.records):
+            self.say(warning)
 
     def _rate(self, now_s: float) -> float:
         return self.tally.records / max(now_s - self.began_s, 1e-9)

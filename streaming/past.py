@@ -33,7 +33,7 @@ from state.positions import Source
 from state.process.environment import wall_ms
 from state.process.part import run_part
 from state.recordings.files import Recording, constants_of, find, refuse_beyond_memory
-from state.recordings.rows import I64, EncodedRows, Encoder, RecordedTimes, described, joined, order
+from state.recordings.rows import I64, EncodedRows, Encoder, RecordedTimes, far_ms, joined, order
 from state.registry.log_line import WHOLE
 from state.storage import STREAM, map_bytes
 from streaming.alignment import AlignedReader, Reached
@@ -45,7 +45,6 @@ from streaming.rows import Cut, Cutter, Encoding, clocks_of, encode_cut
 POLL_S = 0.5
 PROGRESS_S = 5.0
 NEVER_MS = 1 << 62
-NO_TIMESTAMP = -1
 KEPT = "past-"
 Batches = Iterator[list[PartitionBatch]]
 logger = logging.getLogger(__name__)
@@ -127,30 +126,36 @@ def recorded_batches(
     say: Callable[[str], None],
     size: Callable[[I64], int],
 ) -> Batches:
-    """Yields the rows of files with their recorded times, as one partition.
+    """Yields the rows of files with their recorded times, as one partition; the parser refuses strays.
 
     Args:
         events: Names of fields, and which times are believed.
         recording: The files.
         sort: memory (read everything, then order by time) or assume (the files are in order).
         now_s: Wall clock; a later time counts as missing.
-        say: Receives a message about stray times.
+        say: Receives a message about strays.
         size: Maximum number of rows of the next batch, by the times of the rows that are left; 0 ends the reading.
 
     Raises:
         SettingsError: The columns do not fit, or the files do not fit in memory.
         SpringtideError: A file is cut or damaged.
     """
-    encoder = Encoder(events, recording.constants or {}, round((now_s + events.max_future_s) * 1000))
+    now_ms, latest_ms = round(now_s * 1000), round((now_s + events.max_future_s) * 1000)
+    encoder = Encoder(events, recording.constants or {}, latest_ms)
     chunks: Iterator[EncodedRows] = recording.encoded(encoder, events)
-    newest_ms = NO_TIMESTAMP
     if sort == "memory":
         import psutil
 
         refuse_beyond_memory(recording, psutil.virtual_memory().available)
-        recorded = joined(list(chunks))
-        newest_ms = _newest(events, recording, recorded, say)
+        recorded, times = joined(list(chunks)), RecordedTimes()
+        times.add(recorded.at_ms, recorded.file, recorded.line)
         chunks = iter([recorded.take(order(recorded.at_ms))])
+    else:
+        times = recording.times(events, latest_ms)
+    far = far_ms(events)
+    span = times.span(far)
+    if strays := recording.described(span, far):
+        say(strays)
     topic_id, first = topic_of(recording), 0
     for chunk in chunks:
         at = 0
@@ -158,18 +163,8 @@ def recorded_batches(
             part = chunk.cut(at, at + count)
             at += len(part)
             values = encoder.values(part, part.at_ms)
-            yield [_partition_batch(topic_id, first, part, values, max(newest_ms, NO_TIMESTAMP))]
+            yield [_partition_batch(topic_id, first, part, values, span.kept_stamps(part.at_ms, now_ms))]
             first += len(part)
-
-
-def _newest(events: Events, recording: Recording, recorded: EncodedRows, say: Callable[[str], None]) -> int:
-    times, max_age_s = RecordedTimes(), events.max_age_s
-    times.add(recorded.at_ms, recorded.file, recorded.line)
-    crowd = times.crowd(round(max_age_s * 1000))
-    if crowd.first is not None:
-        file, line = crowd.first
-        say(described(crowd, f"{recording.files[file].path}:{line}", max_age_s))
-    return crowd.newest_ms
 
 
 def topic_of(recording: Recording) -> str:
@@ -179,11 +174,10 @@ def topic_of(recording: Recording) -> str:
 
 
 def _partition_batch(
-    topic_id: str, first: int, part: EncodedRows, values: Sequence[bytes], newest_ms: int
+    topic_id: str, first: int, part: EncodedRows, values: Sequence[bytes], stamps: I64
 ) -> PartitionBatch:
     count = len(part)
     offsets: I64 = np.arange(first, first + count, dtype=np.int64)
-    stamps = np.full(count, newest_ms, np.int64)
     return PartitionBatch(topic_id, 0, first, first + count, offsets, stamps, list(part.keys), list(values))
 
 

@@ -8,7 +8,7 @@ hold is counted and named here instead. A dry run takes the same steps up to the
 When each recorded click is sent, and with which time:
 
     times     speed   event time                        Kafka timestamp   sent
-    rebased   max     recorded + (now - newest)         now               at once
+    rebased   max     recorded + (now - newest)         now, if possible  at once
     rebased   60x     when it is sent, if not late      when it is sent   paced
     kept      max     recorded                          none              at once
     kept      60x     recorded                          none              paced
@@ -17,7 +17,9 @@ When each recorded click is sent, and with which time:
 - Rebased at 60x, an hour passes in a minute. The click being sent gets the current time, and gaps are a sixtieth. A
   click that follows a later one is late by as much as in the recording, divided by the speed.
 - A kept time is never compared with today. Those records carry no Kafka timestamp, so that neither the parser's bounds
-  nor the topic's retention apply to them.
+  nor the topic's retention apply to them. The same holds for a rebased time more than `events.max_age_s` before now.
+- A stray (see `state/recordings/rows.py`) moves no clock, and keeps its distance to the newest of the other rows. The
+  parser refuses it.
 """
 
 from __future__ import annotations
@@ -53,18 +55,18 @@ from state.recordings.files import Recording, refuse_beyond_memory
 from state.recordings.rows import (
     I64,
     NO_TIME,
+    NO_TIMESTAMP,
     EncodedRows,
     Encoder,
     RecordedTimes,
-    described,
+    Span,
+    far_ms,
     joined,
     mapped_fields,
     order,
     shown_reasons,
-    time_of,
 )
 
-NO_TIMESTAMP = -1
 MAX = math.inf
 
 F64 = npt.NDArray[np.float64]
@@ -78,14 +80,16 @@ class Clock:
         speed: Seconds of the recording per second of wall clock; MAX: no pacing.
         keep: Keep event times as recorded.
         now_ms: Wall clock at the start of the replay; unchanged by a restart.
-        newest_ms: Latest recorded time apart from strays; NO_TIME if times are kept, and then no row is a stray.
+        span: The recorded times without strays.
+        max_age_ms: The parser refuses a row that is older than this at its Kafka timestamp.
         longest_wait_ms: Upper bound of the pause for one gap, however long the gap is in the recording.
     """
 
     speed: float
     keep: bool
     now_ms: int
-    newest_ms: int
+    span: Span
+    max_age_ms: int
     longest_wait_ms: float = MAX
 
 
@@ -118,11 +122,6 @@ class Stamped:
         part = slice(first, after)
         return Stamped(self.at_ms[part], self.kafka_ms[part], self.due_ms[part], self.high_ms[part])
 
-    def oldest_s(self, rows: int) -> float:
-        """How far the oldest of the first `rows` records is before its Kafka timestamp, seconds."""
-        timed = (self.at_ms[:rows] != NO_TIME) & (self.kafka_ms[:rows] != NO_TIMESTAMP)
-        return int((self.kafka_ms[:rows] - self.at_ms[:rows])[timed].max(initial=0)) / 1000
-
     def hand(self, row: int) -> Hand:
         """The clock's state after record `row`."""
         return Hand(int(self.high_ms[row]), float(self.due_ms[row]))
@@ -154,29 +153,31 @@ def stamp(at_ms: I64, clock: Clock, hand: Hand) -> Stamped:
         clock: How times are computed.
         hand: The clock's state before the first record.
 
-    >>> stamped = stamp(np.array([0, 60_000, NO_TIME]), Clock(60.0, False, 0, 60_000), Hand(NO_TIME, 1e6))
+    >>> clock = Clock(60.0, False, 0, Span(0, 60_000), 3_600_000)
+    >>> stamped = stamp(np.array([0, 60_000, NO_TIME]), clock, Hand(NO_TIME, 1e6))
     >>> stamped.at_ms.tolist() == [1_000_000, 1_001_000, NO_TIME], stamped.due_ms.tolist()
     (True, [1000000.0, 1001000.0, 1001000.0])
     """
     timed = at_ms != NO_TIME
-    stray = (at_ms > clock.newest_ms) & (clock.newest_ms != NO_TIME)
+    stray, newest_ms = clock.span.is_stray(at_ms), clock.span.newest_ms
     high = np.maximum.accumulate(np.concatenate([[np.int64(hand.high_ms)], np.where(stray, NO_TIME, at_ms)]))
     steps = np.zeros(len(at_ms))
     if not math.isinf(clock.speed):
         has_gap = high[:-1] != NO_TIME  # the first click has no gap before it
         steps[has_gap] = np.minimum((high[1:][has_gap] - high[:-1][has_gap]) / clock.speed, clock.longest_wait_ms)
     due = hand.due_ms + np.cumsum(steps)
-    at = at_ms.copy()
     if clock.keep:
-        # A row without a time gets a Kafka timestamp of today, because it has no recorded time.
-        return Stamped(at, np.where(timed, NO_TIMESTAMP, clock.now_ms), due, high[1:])
+        return Stamped(at_ms, clock.span.kept_stamps(at_ms, clock.now_ms), due, high[1:])
     if math.isinf(clock.speed):
-        if timed.any():
-            at[timed] += clock.now_ms - clock.newest_ms
-        return Stamped(at, np.full(len(at), clock.now_ms, np.int64), due, high[1:])
-    late_ms = np.where(stray, clock.newest_ms, high[1:])[timed] - at_ms[timed]
-    at[timed] = (due[timed] - late_ms / clock.speed).astype(np.int64)
-    return Stamped(at, due.astype(np.int64), due, high[1:])
+        kafka_ms, high_ms, speed = np.full(len(at_ms), clock.now_ms, np.int64), np.full_like(at_ms, newest_ms), 1.0
+    else:
+        kafka_ms, high_ms, speed = due.astype(np.int64), high[1:], clock.speed
+    at = at_ms.copy()
+    moved = timed & ~stray
+    at[moved] = (kafka_ms[moved] - (high_ms[moved] - at_ms[moved]) / speed).astype(np.int64)
+    at[stray] = kafka_ms[stray] + (at_ms[stray] - newest_ms)
+    kafka_ms[moved & (at < kafka_ms - clock.max_age_ms)] = NO_TIMESTAMP
+    return Stamped(at, kafka_ms, due, high[1:])
 
 
 ENOUGH_ROWS = 10  # if so many rows are refused and none is a click, all of them have an error
@@ -217,7 +218,7 @@ class Position:
 
     Attributes:
         now_ms: Wall clock at the start of its first run.
-        newest_ms: Latest time of the recording; NO_TIME if it was not needed.
+        newest_ms: Latest time of the recording without strays; NO_TIME if no row has a time.
         acknowledged: Rows of the recording that are done.
         sending: Rows that are done when the piece in flight has arrived; equal to `acknowledged` if there is none.
         hand: The clock's state before the piece in flight.
@@ -225,6 +226,7 @@ class Position:
         refused: By reason, the rows so far that become dead letters in the stream.
         unsendable: Rows so far that are too large for a record.
         complete: Whether the recording has ended.
+        oldest_ms: Earliest time of the recording without strays; NO_TIME if no row is a stray for being early.
     """
 
     now_ms: int
@@ -237,6 +239,7 @@ class Position:
     unsendable: int = 0
     complete: bool = False
     format: Literal[1] = 1
+    oldest_ms: int = NO_TIME
 
     def after(self, hand: Hand, ends: Mapping[int, int]) -> Position:
         """The position once the piece in flight has arrived."""
@@ -299,21 +302,6 @@ class RecordingSource:
         return f"{self.recording.files[file].path}:{line}"
 
 
-def _recorded_times(recording: Recording, events: Events, latest_ms: int) -> RecordedTimes:
-    """Collects all recorded times; reads the time column of all files."""
-    field, unit, times = events.time, events.time_unit, RecordedTimes()
-    if not field:
-        return times
-    if (constant := (recording.constants or {}).get(field)) is not None:
-        times.add(np.array([time_of(constant, unit, latest_ms)], np.int64), 0, np.ones(1, np.int64))
-        return times
-    for number in range(len(recording.files)):
-        for rows in recording.rows(number, (field,)):
-            at_ms = np.array([time_of(value, unit, latest_ms) for value in rows.columns[field]], np.int64)
-            times.add(at_ms, number, rows.lines)
-    return times
-
-
 def _slices(encoded: EncodedRows, rows: I64, skipped: int) -> Iterator[EncodedRows]:
     for first in range(skipped, len(encoded), SLICE_ROWS):
         yield encoded.take(rows[first : first + SLICE_ROWS])
@@ -359,18 +347,13 @@ class Judge:
         return f"{reason} by {TOO_OLD}" if after_ms < -self._events.max_age_s * 1000 else str(reason)
 
 
-def _refuse_all_dead(refused: Mapping[int, str], count: int, oldest_s: float = 0.0) -> None:
-    """Stops if none of the first `count` rows is a click; `oldest_s` is the age of the oldest before its Kafka timestamp."""
+def _refuse_all_dead(refused: Mapping[int, str], count: int) -> None:
+    """Stops if none of the first `count` rows is a click."""
     if count < ENOUGH_ROWS or len(refused) < count:
         return
     reasons = Counter(refused.values())
     ((most, _),) = reasons.most_common(1)
-    if most.endswith(TOO_OLD):
-        do = (
-            f"they are up to {oldest_s:,.0f} s older than the newest row: raise {TOO_OLD}, here and for the stream, "
-            "leave them out, or use --keep-time"
-        )
-    elif most.endswith(TOO_NEW):
+    if most.endswith(TOO_NEW):
         do = "their times are later than this machine's clock: check both, and events.time_unit"
     else:
         do = "correct [events] (fields, actions, time_unit, decoder), --columns or --constant"
@@ -404,12 +387,13 @@ class _Walk:
     Attributes:
         total: Rows of the recording; None if they are not counted yet.
         clock: Computes the times.
-        stray: Which rows are excluded from finding the newest time; empty without any.
+        stray: Describes the strays; empty without any.
     """
 
     def __init__(self, source: RecordingSource, position: Position) -> None:
         recording, events, options = source.recording, source.events, source.options
-        find_newest, times = not options.keep and position.newest_ms == NO_TIME, RecordedTimes()
+        span, times = Span(position.oldest_ms, position.newest_ms), RecordedTimes()
+        find_span = position.newest_ms == NO_TIME
         # Times of a recording are in the past.
         latest_ms = position.now_ms + round(events.max_future_s * 1000)
         self._judge, self._encoder = Judge(events), Encoder(events, recording.constants or {}, latest_ms)
@@ -419,19 +403,17 @@ class _Walk:
             refuse_beyond_memory(recording, psutil.virtual_memory().available)
             encoded = joined(list(recording.encoded(self._encoder, events)))
             self.total, self.chunks = len(encoded), _slices(encoded, order(encoded.at_ms), position.acknowledged)
-            if find_newest:
+            if find_span:
                 times.add(encoded.at_ms, encoded.file, encoded.line)
         else:
             self.chunks = _behind(recording.encoded(self._encoder, events), position.acknowledged)
-            if find_newest:
-                times = _recorded_times(recording, events, latest_ms)
-        newest_ms = position.newest_ms
-        if find_newest:
-            crowd = times.crowd(round(events.max_age_s * 1000))
-            newest_ms = crowd.newest_ms
-            if crowd.first is not None:
-                self.stray = described(crowd, source.where(*crowd.first), events.max_age_s)
-        self.clock = Clock(options.speed, options.keep, position.now_ms, newest_ms, options.longest_wait_s * 1000)
+            if find_span:
+                times = recording.times(events, latest_ms)
+        if find_span:
+            span = times.span(far_ms(events))
+            self.stray = recording.described(span, far_ms(events))
+        max_age_ms, longest_wait_ms = round(events.max_age_s * 1000), options.longest_wait_s * 1000
+        self.clock = Clock(options.speed, options.keep, position.now_ms, span, max_age_ms, longest_wait_ms)
 
     def records(self, rows: EncodedRows, stamped: Stamped) -> tuple[Piece, list[int]]:
         """The records of rows and, of these, the rows that are records; others are too large."""
@@ -454,7 +436,9 @@ class _Walk:
         """Stops where none of the first rows is a click, however few of them are due."""
         if len(encoded):
             judged = self.judged(encoded, stamped, 0, len(encoded))
-            _refuse_all_dead(judged.refused, len(judged.numbers), stamped.oldest_s(len(judged.rows)))
+            strays = {*np.flatnonzero(self.clock.span.is_stray(judged.rows.at_ms)).tolist()}
+            refused = {row: reason for row, reason in judged.refused.items() if row not in strays}
+            _refuse_all_dead(refused, len({*judged.numbers} - strays))
 
 
 @dataclass(frozen=True)
@@ -517,7 +501,8 @@ class Replay:
         walk = _Walk(self._source, self._position)
         if walk.stray:
             self._progress.say(walk.stray)
-        self._position = replace(self._position, newest_ms=walk.clock.newest_ms)
+        span = walk.clock.span
+        self._position = replace(self._position, oldest_ms=span.oldest_ms, newest_ms=span.newest_ms)
         complete = self._send_all(walk)
         self._position = replace(self._position, complete=complete)
         self._journal.write(self._position)
@@ -612,7 +597,7 @@ class Findings:
         first: The first events as they would be sent.
         recorded: Earliest and latest recorded time of the clicks; NO_TIME where none has one.
         sent: The same as they would be sent.
-        stray: Which rows do not set the clock; empty without any.
+        stray: Describes the strays; empty without any.
     """
 
     rows: int = 0

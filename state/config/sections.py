@@ -164,7 +164,7 @@ class Events:
         "s",
         above=0.0,
         most=3_153_600_000.0,
-        help="Maximum time by which an event may be earlier than its Kafka timestamp; otherwise it is a dead letter (implausible_time).",
+        help="Maximum time by which an event may be earlier than its Kafka timestamp; otherwise it is a dead letter (implausible_time). Of a recording, the gap beyond which a few first or last rows are left out as strays; the recording itself may be longer.",
     )
 
 

@@ -25,7 +25,16 @@ import pyarrow.parquet as pq
 from state.config.sections import Events
 from state.config.sources import nearest
 from state.errors import SettingsError, SpringtideError
-from state.recordings.rows import EncodedRows, Encoder, RecordedRows, mapped_fields
+from state.recordings.rows import (
+    EncodedRows,
+    Encoder,
+    RecordedRows,
+    RecordedTimes,
+    Span,
+    described,
+    mapped_fields,
+    time_of,
+)
 
 FORMATS = ("csv", "json", "parquet")
 SUFFIXES = {
@@ -336,6 +345,28 @@ class Recording:
         for number in range(len(self.files)):
             with closing(self.rows(number, fields, chunk_rows)) as chunks:
                 yield from (encoder.encode(rows, number) for rows in chunks)
+
+    def times(self, events: Events, latest_ms: int) -> RecordedTimes:
+        """Reads the time column of all files; a time after `latest_ms` counts as none. Raises the errors of `rows`."""
+        field, unit, times = events.time, events.time_unit, RecordedTimes()
+        if not field:
+            return times
+        if (constant := (self.constants or {}).get(field)) is not None:
+            times.add(np.array([time_of(constant, unit, latest_ms)], np.int64), 0, np.ones(1, np.int64))
+            return times
+        for number in range(len(self.files)):
+            with closing(self.rows(number, (field,))) as chunks:
+                for rows in chunks:
+                    at_ms = np.array([time_of(value, unit, latest_ms) for value in rows.columns[field]], np.int64)
+                    times.add(at_ms, number, rows.lines)
+        return times
+
+    def described(self, span: Span, far_ms: int) -> str:
+        """Describes the strays of a span of this recording; empty without any."""
+        if span.first is None:
+            return ""
+        file, line = span.first
+        return described(span, f"{self.files[file].path}:{line}", far_ms)
 
 
 def _opened(path: Path) -> BinaryIO:

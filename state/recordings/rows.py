@@ -1,8 +1,8 @@
 """Encodes rows of a recording as records of the topic: JSON objects with the field names of `[events]`. Pure.
 
-The newest time of a recording ignores a few stray rows far after all the others. It is the one with the lowest cost:
-`STRAY_COST` for each row after it, called a stray, plus one for each row that is too old by `events.max_age_s`. Strays
-are excluded only if that at least halves the cost.
+The span of a recording is not limited: all of its rows become clicks, however long it is. Strays do not: these are the
+few rows at its beginning or its end that a gap of more than `events.max_age_s` separates from the rest, for example those
+of a clock that began in 1970. At each end at most one row in `ROWS_PER_STRAY` is a stray.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from state.events.decoding import parse_time
 
 I64 = npt.NDArray[np.int64]
 NO_TIME = np.iinfo(np.int64).min
+NO_TIMESTAMP = -1
+"""The Kafka timestamp of a record without one."""
 SECONDS_BELOW = 1e11  # auto reads smaller numbers as seconds
 
 
@@ -252,31 +254,53 @@ def shown_reasons(refused: Mapping[str, int], called: str = "dead letter") -> st
 
 
 HOUR_MS = 3_600_000
-STRAY_COST = 25
-SMALL = 4  # with fewer than 100 rows, a stray costs a quarter of them, so that one row of ten can be excluded
+ROWS_PER_STRAY = 25
+WARNED_SHARE = 0.001
 
 
 @dataclass(frozen=True)
-class Crowd:
-    """The newest time of a recording without its strays.
+class Span:
+    """The times of a recording without its strays.
 
     Attributes:
-        newest_ms: The newest time without strays; NO_TIME if no row has a time.
+        oldest_ms: The earliest of these times; NO_TIME if no row is a stray for being early.
+        newest_ms: The latest of these times; NO_TIME if no row has a time.
+        rows: Rows with a time, strays included.
         first: File and line of the first stray; None without one.
-        latest_ms: The newest time of all rows.
-        spared: Rows that would be too old only if `latest_ms` were the newest time.
+        stray_ms: Earliest and latest time of a stray.
     """
 
-    newest_ms: int
+    oldest_ms: int = NO_TIME
+    newest_ms: int = NO_TIME
+    rows: int = 0
     strays: int = 0
     first: tuple[int, int] | None = None
-    latest_ms: int = NO_TIME
-    spared: int = 0
+    stray_ms: tuple[int, int] = (NO_TIME, NO_TIME)
+
+    def is_stray(self, at_ms: I64) -> npt.NDArray[np.bool_]:
+        """Which of n times, `[n]` int64, are those of strays, `[n]` bool; NO_TIME is none."""
+        outside: npt.NDArray[np.bool_] = (at_ms < self.oldest_ms) | (at_ms > self.newest_ms)
+        return outside & (at_ms != NO_TIME) & (self.newest_ms != NO_TIME)
+
+    def kept_stamps(self, at_ms: I64, now_ms: int) -> I64:
+        """Kafka timestamps, `[n]` int64, with which the parser accepts recorded times, `[n]` int64, but not of strays.
+
+        A record of a recorded time has no timestamp, so nothing is compared with it. A stray has `newest_ms`, which is
+        too far from it. A row without a time is of `now_ms`.
+        """
+        stamps = np.where(self.is_stray(at_ms), self.newest_ms, NO_TIMESTAMP)
+        return np.where(at_ms == NO_TIME, now_ms, stamps).astype(np.int64)
+
+
+def far_ms(events: Events) -> int:
+    """The distance in time from which the parser refuses a row, however it differs: a stray is further from the rest."""
+    return round(max(events.max_age_s, events.max_future_s) * 1000)
 
 
 @dataclass
 class _Hour:
     rows: int
+    oldest_ms: int
     newest_ms: int
     first: tuple[int, int]
 
@@ -294,39 +318,45 @@ class RecordedTimes:
         hours, firsts, numbers, counts = np.unique(
             at_ms[rows] // HOUR_MS, return_index=True, return_inverse=True, return_counts=True
         )
-        newest = np.full(len(hours), NO_TIME, np.int64)
+        oldest, newest = np.full(len(hours), np.iinfo(np.int64).max, np.int64), np.full(len(hours), NO_TIME, np.int64)
+        np.minimum.at(oldest, numbers, at_ms[rows])
         np.maximum.at(newest, numbers, at_ms[rows])
         for number, hour in enumerate(hours.tolist()):
-            row, count, newest_ms = int(rows[firsts[number]]), int(counts[number]), int(newest[number])
-            where = int(files[row]), int(line[row])
-            if (counted := self._hours.get(hour)) is None:
-                self._hours[hour] = _Hour(count, newest_ms, where)
-            else:
-                self._hours[hour] = _Hour(
-                    counted.rows + count, max(counted.newest_ms, newest_ms), min(counted.first, where)
+            row = int(rows[firsts[number]])
+            added = _Hour(
+                int(counts[number]), int(oldest[number]), int(newest[number]), (int(files[row]), int(line[row]))
+            )
+            if (counted := self._hours.get(hour)) is not None:
+                added = _Hour(
+                    counted.rows + added.rows,
+                    min(counted.oldest_ms, added.oldest_ms),
+                    max(counted.newest_ms, added.newest_ms),
+                    min(counted.first, added.first),
                 )
+            self._hours[hour] = added
 
-    def crowd(self, max_age_ms: int) -> Crowd:
-        """The newest time, without strays. Rows more than `max_age_ms` before the newest time are too old."""
+    def span(self, far_ms: int) -> Span:
+        """The times without strays; `far_ms` is the gap that separates strays from the rest."""
         if not self._hours:
-            return Crowd(NO_TIME)
+            return Span()
         hours = [self._hours[hour] for hour in sorted(self._hours)]
-        newest = np.array([hour.newest_ms for hour in hours], np.int64)
+        oldest, newest = (np.array([getattr(hour, name) for hour in hours]) for name in ("oldest_ms", "newest_ms"))
         until = np.concatenate([[0], np.cumsum([hour.rows for hour in hours])])
         total = int(until[-1])
-        old = until[np.searchsorted(newest, newest - max_age_ms)]
-        strays = total - until[1:]
-        cost = strays * min(STRAY_COST, total / SMALL) + old
-        # Selects the latest of several hours with the lowest cost.
-        best = len(hours) - 1 - int(np.argmin(cost[::-1]))
-        if not cost[best] <= cost[-1] / 2 or not strays[best]:
-            return Crowd(int(newest[-1]), latest_ms=int(newest[-1]))
-        return Crowd(
-            newest_ms=int(newest[best]),
-            strays=int(strays[best]),
-            first=min(hour.first for hour in hours[best + 1 :]),
-            latest_ms=int(newest[-1]),
-            spared=int(old[-1] - old[best]),
+        cuts = np.concatenate([[0], np.flatnonzero(oldest[1:] - newest[:-1] > far_ms) + 1, [len(hours)]])
+        few = total // ROWS_PER_STRAY
+        begin = int(cuts[until[cuts] <= few][-1])
+        end = int(cuts[total - until[cuts] <= few][0])
+        strays = [*hours[:begin], *hours[end:]]
+        if not strays:
+            return Span(int(oldest[0]), int(newest[-1]), total)
+        return Span(
+            oldest_ms=int(oldest[begin]),
+            newest_ms=int(newest[end - 1]),
+            rows=total,
+            strays=sum(hour.rows for hour in strays),
+            first=min(hour.first for hour in strays),
+            stray_ms=(strays[0].oldest_ms, strays[-1].newest_ms),
         )
 
 
@@ -335,12 +365,33 @@ def as_utc(at_ms: int) -> str:
     return f"{np.datetime64(at_ms, 'ms').astype('datetime64[s]')}Z"
 
 
-def described(crowd: Crowd, first: str, max_age_s: float) -> str:
-    """Describes the excluded strays in a sentence; `first` is file and line of the first one."""
-    is_single = crowd.strays == 1
-    rows = "1 row is" if is_single else f"this row and {crowd.strays - 1:,} more are"
+def described(span: Span, first: str, far_ms: int) -> str:
+    """Describes the strays in a sentence; `first` is file and line of the first one.
+
+    >>> described(Span(90_000_000, 99_000_000, 5000, 1, (0, 7), (0, 0)), "a.csv:7", 86_400_000)
+    'a.csv:7: 1 row of 5,000 is left out: its time (1970-01-01T00:00:00Z) is more than 1 day from the rest (1970-01-02T01:00:00Z to 1970-01-02T03:30:00Z); a larger events.max_age_s takes it'
+    """
+    is_single, days = span.strays == 1, far_ms / 86_400_000
+    rows = f"1 row of {span.rows:,} is" if is_single else f"{span.strays:,} rows of {span.rows:,} are"
+    earliest, latest = map(as_utc, span.stray_ms)
+    times = f"its time ({earliest}) is" if is_single else f"their times ({earliest} to {latest}) are"
     return (
-        f"{first}: {rows} long after all the others ({'' if is_single else 'up to '}{as_utc(crowd.latest_ms)}): if "
-        f"{'it' if is_single else 'they'} set the clock, events.max_age_s ({max_age_s:,.0f} s) would refuse "
-        f"{crowd.spared:,} of them; the newest of the others sets it ({as_utc(crowd.newest_ms)})"
+        f"{_warning(span.strays, span.rows)}{first}{'' if is_single else ' and others'}: {rows} left out: {times} "
+        f"more than {days:,.3g} day{'s' * (days != 1)} from the rest ({as_utc(span.oldest_ms)} to "
+        f"{as_utc(span.newest_ms)}); a larger events.max_age_s takes {'it' if is_single else 'them'}"
     )
+
+
+def left_out(refused: Mapping[str, int], rows: int) -> str:
+    """A warning if more than `WARNED_SHARE` of `rows` became dead letters, by reason; empty otherwise.
+
+    >>> left_out({"unknown_action": 30}, 2000), left_out({"unknown_action": 2}, 2000)
+    ('WARNING: 1.5 % of the rows are left out: 30 dead letters (30 unknown_action)', '')
+    """
+    total = sum(refused.values())
+    warning = _warning(total, rows)
+    return f"{warning}{100 * total / rows:.2g} % of the rows are left out: {shown_reasons(refused)}" if warning else ""
+
+
+def _warning(count: int, rows: int) -> str:
+    return "WARNING: " if count > WARNED_SHARE * rows else ""

@@ -271,18 +271,21 @@ def test_examples_are_bit_for_bit_the_rows_that_the_stream_makes(made: tuple[Pat
     assert {*found["category"].view(np.uint64).tolist()} <= {public_id(f"c{number}") for number in range(9)}
 
 
-def test_one_late_row_costs_the_sample_itself_only(tmp_path: Path) -> None:
-    lines = write_recording(tmp_path).read_text().splitlines()
-    (tmp_path / "clicks.csv").write_text("\n".join([*lines, f"u1,i1,c1,view,{BEGIN_S + 60 * 86_400},,", ""]))
-    settings, said = load(flags_of(tmp_path), env={}), list[str]()
+@pytest.mark.parametrize("sort", ["memory", "assume"])
+def test_a_recording_longer_than_the_setting_costs_the_sample_its_strays_only(tmp_path: Path, sort: str) -> None:
+    lines = [f"u{number % 23},i1,c1,view,{BEGIN_S + number * 86_400}" for number in range(90)]
+    strays = ["u1,i1,c1,view,0", f"u1,i1,c1,view,{BEGIN_S + 130 * 86_400}"]
+    path = tmp_path / "clicks.csv"
+    path.write_text("\n".join(["user,item,category,action,time", strays[0], *lines, strays[1], ""]))
+    settings, said = load(["--paths.state", str(tmp_path / "state")], env={}), list[str]()
     salt = load_salt(settings.salt_path)
     with open_sample(settings, salt, lambda: 1_800_000_000.0, said.append, ROWS) as sample:
-        parse, compute = ParseEvents(sample), ComputeWindows(sample)
-        for batch in of_recording(sample.context, Recording(find([str(tmp_path / "clicks.csv")])), "memory"):
-            for events in parse.process(batch):
-                list(compute.process(events))
-        assert sample.context.tally.clicks == ROWS
-    assert f"clicks.csv:{len(lines) + 1}: 1 row is long after all the others" in said[0]
+        rows_of(sample, of_recording(sample.context, Recording(find([str(path)])), sort))
+        assert sample.context.tally.clicks == 90
+        assert sample.context.tally.refused == {"implausible_time": 2}
+    assert f"WARNING: {path}:2 and others: 2 rows of 92 are left out" in said[0]
+    assert said[1].startswith("90 clicks and 2 dead letters (2 implausible_time) read in")
+    assert said[2] == "WARNING: 2.2 % of the rows are left out: 2 dead letters (2 implausible_time)"
 
 
 def test_a_label_that_came_later_is_in_the_example_of_its_impression_and_one_without_a_label_in_none(

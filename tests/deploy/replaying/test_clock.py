@@ -7,17 +7,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deploy.replaying.recording import MAX, NO_TIMESTAMP, Clock, Hand, parse_speed, stamp
+from deploy.replaying.recording import MAX, Clock, Hand, parse_speed, stamp
 from state.errors import SettingsError
-from state.recordings.rows import NO_TIME
+from state.recordings.rows import NO_TIME, NO_TIMESTAMP, Span
 
 NOW_MS = 1_800_000_000_000
 BEGUN = Hand(NO_TIME, float(NOW_MS))
 TIMES = st.lists(st.one_of(st.integers(0, 2 * 10**12), st.just(NO_TIME)), min_size=1, max_size=30)
+DAY_MS = 86_400_000
+AGE_MS = 30 * DAY_MS
 
 
-def clock(speed: float = MAX, keep: bool = False, newest_ms: int = NO_TIME, longest_wait_ms: float = MAX) -> Clock:
-    return Clock(speed, keep, NOW_MS, newest_ms, longest_wait_ms)
+def clock(
+    speed: float = MAX,
+    keep: bool = False,
+    newest_ms: int = NO_TIME,
+    longest_wait_ms: float = MAX,
+    oldest_ms: int = NO_TIME,
+) -> Clock:
+    return Clock(speed, keep, NOW_MS, Span(oldest_ms, newest_ms), AGE_MS, longest_wait_ms)
 
 
 def test_at_full_speed_the_newest_is_of_now_and_gaps_stay() -> None:
@@ -44,15 +52,27 @@ def test_kept_times_stay_paced_or_not_and_carry_no_timestamp() -> None:
     assert stamp(times, clock(keep=True), BEGUN).at_ms.tolist() == times.tolist()
 
 
-@pytest.mark.parametrize("speed", [60.0, MAX])
-def test_a_stray_moves_no_clock_and_lies_after_the_others(speed: float) -> None:
-    times = np.array([9 * 86_400_000, 0, 60_000, 120_000])
-    stamped = stamp(times, clock(speed, newest_ms=120_000), BEGUN)
-    alone = stamp(times[1:], clock(speed, newest_ms=120_000), BEGUN)
+@pytest.mark.parametrize("speed", [60.0, 1e9, MAX])
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("stray_ms", [0, 100 * DAY_MS])
+def test_a_stray_moves_no_clock_and_keeps_its_distance_to_the_newest(speed: float, keep: bool, stray_ms: int) -> None:
+    times = np.array([stray_ms, 50 * DAY_MS, 50 * DAY_MS + 60_000, 50 * DAY_MS + 120_000])
+    walked = clock(speed, keep, oldest_ms=int(times[1]), newest_ms=int(times[-1]))
+    stamped, alone = stamp(times, walked, BEGUN), stamp(times[1:], walked, BEGUN)
     assert stamped.at_ms[1:].tolist() == alone.at_ms.tolist()
     assert stamped.due_ms[1:].tolist() == alone.due_ms.tolist()
-    after_ms = times[0] - 120_000
-    assert stamped.at_ms[0] - stamped.kafka_ms[0] == (after_ms if speed == MAX else after_ms / speed)
+    assert stamped.at_ms[0] - stamped.kafka_ms[0] == stray_ms - times[-1]
+
+
+@pytest.mark.parametrize("speed", [0.001, 60.0, MAX])
+def test_a_row_that_its_timestamp_would_refuse_carries_none(speed: float) -> None:
+    """At the lowest speed the last row is late by more than `AGE_MS`."""
+    times = np.array([0, 60 * DAY_MS, 89 * DAY_MS, 89 * DAY_MS - 60_000_000])
+    stamped = stamp(times, clock(speed, oldest_ms=0, newest_ms=int(times[2])), BEGUN)
+    age_ms = stamped.kafka_ms - stamped.at_ms
+    assert ((stamped.kafka_ms == NO_TIMESTAMP) | (age_ms <= AGE_MS)).all()
+    without = {0.001: [False, False, False, True], 60.0: [False] * 4, MAX: [True, False, False, False]}
+    assert (stamped.kafka_ms == NO_TIMESTAMP).tolist() == without[speed]
 
 
 def test_a_night_takes_no_longer_than_the_longest_wait() -> None:
@@ -70,7 +90,8 @@ def test_nothing_is_due_before_its_predecessor_nor_stamped_after_it_is_due(
     timed = at_ms != NO_TIME
     assert ((stamped.at_ms == NO_TIME) == ~timed).all()
     if not keep:
-        assert (stamped.at_ms[timed] <= stamped.kafka_ms[timed]).all()
+        stamps = stamped.kafka_ms[timed]
+        assert ((stamped.at_ms[timed] <= stamps) | (stamps == NO_TIMESTAMP)).all()
 
 
 @given(TIMES, st.data(), st.sampled_from([60.0, MAX]))

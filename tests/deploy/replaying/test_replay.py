@@ -230,8 +230,10 @@ def test_one_late_row_is_told_apart_and_the_rest_has_the_times_it_has_without_it
     assert [click for click in topic.clicks() if click["item"] != "late"] == alone.clicks()
     assert outcome.position.refused == {"implausible_time by events.max_future_s": 1}
     said = out.getvalue()
-    assert "clicks.csv:9: 1 row is long after all the others (2024-01-13T22:13:20Z)" in said
-    assert "events.max_age_s (2,592,000 s) would refuse 40 of them" in said
+    assert (
+        "WARNING: clicks.csv:9: 1 row of 41 is left out: its time (2024-01-13T22:13:20Z) is more than 30 days from "
+        "the rest (2023-11-14T22:13:20Z to 2023-11-16T13:13:20Z)"
+    ) in said.replace(f"{tmp_path}/", "")
     assert "clicks.csv:9: no click: implausible_time by events.max_future_s" in said
     # A run that goes on keeps to what the first one found.
     for _ in range(3):
@@ -240,21 +242,32 @@ def test_one_late_row_is_told_apart_and_the_rest_has_the_times_it_has_without_it
         assert limits.log == topic.log
 
 
-def test_a_recording_longer_than_the_setting_stops_before_anything_is_sent_and_says_how_long_it_is(
-    tmp_path: Path,
-) -> None:
+HOWS: list[dict[str, Any]] = [{}, {"sort": "assume"}, {"speed": 1e6}, {"keep": True}, {"keep": True, "speed": 1e6}]
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_a_recording_longer_than_the_setting_is_sent_whole(tmp_path: Path, how: dict[str, Any]) -> None:
     rows = [f"u,i{n},c,view,{BEGIN_S + n * 86_400}" for n in range(90)]
     topic = Topic()
-    with pytest.raises(SettingsError) as stopped:
-        run(write(tmp_path, rows), tmp_path / "j", topic)
-    assert topic.log == []
-    assert (
-        stopped.value.what
-        == "none of the first 16 rows is a click: 16 dead letters (16 implausible_time by events.max_age_s)"
-    )
-    assert "they are up to 7,689,600 s older than the newest row: raise events.max_age_s" in stopped.value.do
-    long = replace(Events(), max_age_s=7_689_600.0)
-    assert run(write(tmp_path, rows), tmp_path / "j", topic, events=long).clicks == 90
+    outcome = run(write(tmp_path, rows), tmp_path / "j", topic, **how)
+    assert (outcome.clicks, outcome.position.refused) == (90, {})
+    assert len(topic.clicks()) == 90
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_strays_before_a_long_recording_are_left_out_however_many_come_first(
+    tmp_path: Path, how: dict[str, Any]
+) -> None:
+    rows = [f"u,i{n},c,view,{BEGIN_S + n * 86_400 // 10}" for n in range(900)]
+    strays = [f"u,early,c,view,{second}" for second in range(30)]
+    out, topic, recording = io.StringIO(), Topic(), write(tmp_path, [*strays, *rows])
+    for _ in range(4):
+        # A run that continues knows which rows are strays.
+        outcome = run(recording, tmp_path / "j", topic, out=out, limit=300, **how)
+    assert outcome.clicks == 900
+    assert outcome.position.refused == {"implausible_time by events.max_age_s": 30}
+    assert out.getvalue().count("WARNING:") == 1
+    assert "30 rows of 930 are left out: their times (1970-01-01T00:00:00Z to 1970-01-01T00:00:29Z)" in out.getvalue()
 
 
 def test_a_row_too_large_for_a_record_is_named_and_counted(tmp_path: Path) -> None:
@@ -341,11 +354,13 @@ def test_it_says_what_would_be_sent_and_asks_no_kafka(tmp_path: Path, capsys: py
     assert main([str(path), "--dry-run", NOWHERE, f"--paths.state={tmp_path / 'state'}"]) == 0
     said = capsys.readouterr()
     assert said.err == ""
-    counts, *reasons, times, first, one, two, three, end = said.out.splitlines()
+    counts, warning, *reasons, stray, times, first, one, two, three, end = said.out.splitlines()
     assert counts == (
         f"{SLICE_ROWS + 108:,} rows of 1 file: {SLICE_ROWS + 99:,} clicks, "
         "9 dead letters (7 implausible_time by events.max_age_s, 1 unknown_action, 1 wrong_type)"
     )
+    assert warning.startswith("WARNING: 0.21 % of the rows are left out: 9 dead letters")
+    assert f"{path}:10 and others: 7 rows of 4,203 are left out: their times" in stray
     assert sorted(reasons) == [
         f"implausible_time by events.max_age_s: {path}:10, :11, :12, :13, :14 and 2 more",
         f"unknown_action: {path}:2",
@@ -365,7 +380,7 @@ def test_it_tells_a_late_row_apart_and_keeps_to_a_limit(tmp_path: Path, capsys: 
     assert main([str(path), "--dry-run", NOWHERE, "--limit", "20", "--sort", "assume"]) == 0
     said = capsys.readouterr().out
     assert said.startswith("20 rows of 1 file: 20 clicks, 0 dead letters\n")
-    assert f"{path}:52: 1 row is long after all the others" in said
+    assert f"{path}:52: 1 row of 51 is left out: its time" in said
 
 
 @pytest.mark.parametrize("words", [[], ["--dry-run"]])
@@ -396,7 +411,9 @@ def test_files_columns_and_mapping_are_looked_at_before_kafka(
 def test_a_file_whose_clicks_come_late_is_no_wrong_mapping(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_of_dry_run(tmp_path, [*(row.replace("view", "stare") for row in clicks(1500)), *clicks(1500)])
     assert main([str(path), "--dry-run", NOWHERE]) == 0
-    assert "1,500 clicks, 1,500 dead letters (1,500 unknown_action)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1,500 clicks, 1,500 dead letters (1,500 unknown_action)" in said
+    assert "WARNING: 50 % of the rows are left out: 1,500 dead letters (1,500 unknown_action)" in said
 
 
 def test_files_without_header_and_actions_are_said_on_the_line(

@@ -19,7 +19,7 @@ from state.config.loading import load
 from state.config.sections import Events
 from state.errors import SettingsError
 from state.events.decoding import decode_json
-from state.recordings.rows import NO_TIME, Crowd, EncodedRows, Encoder, RecordedRows, RecordedTimes
+from state.recordings.rows import NO_TIME, EncodedRows, Encoder, RecordedRows, RecordedTimes, Span
 
 LATEST = 1_800_000_000_000
 DEFAULT = Events()
@@ -127,51 +127,63 @@ def test_the_label_is_an_outcome_without_being_listed() -> None:
 
 DAY_MS = 86_400_000
 AGE_MS = 30 * DAY_MS
-TIMES = st.lists(st.one_of(st.integers(0, 100 * DAY_MS), st.just(NO_TIME)), min_size=1, max_size=60)
+TIMES = st.lists(st.one_of(st.integers(0, 100 * DAY_MS), st.just(NO_TIME)), min_size=1, max_size=120)
 
 
-def crowd(at_ms: list[int], max_age_ms: int = AGE_MS) -> Crowd:
+def span(at_ms: list[int], far_ms: int = AGE_MS) -> Span:
     times = RecordedTimes()
     times.add(np.array(at_ms, np.int64), 0, np.arange(2, 2 + len(at_ms)))
-    return times.crowd(max_age_ms)
+    return times.span(far_ms)
 
 
-def refused(at_ms: list[int], newest_ms: int) -> int:
-    """Rows that are too old, or after the newest."""
-    return sum(at != NO_TIME and not newest_ms - AGE_MS <= at <= newest_ms for at in at_ms)
+def test_strays_are_found_wherever_they_stand_and_however_far_they_are() -> None:
+    days = [(1000 * 20 + number) * DAY_MS // 20 for number in range(200)]  # ten days
+    for strays in ([1050], [1400], [0], [0, 900], [0, 1080, 1900], [1045, 1045, 1045]):
+        at_ms = [*days[:50], *(day * DAY_MS for day in strays), *days[50:]]
+        found = span(at_ms)
+        assert (found.oldest_ms, found.newest_ms, found.rows) == (days[0], days[-1], len(at_ms))
+        assert (found.strays, found.first) == (len(strays), (0, 52))
+        assert found.stray_ms == (min(strays) * DAY_MS, max(strays) * DAY_MS)
+        assert found.is_stray(np.array([*at_ms, NO_TIME])).sum() == len(strays)
 
 
-def test_strays_are_described_wherever_they_stand_and_however_late_they_are() -> None:
-    days = [number * DAY_MS // 20 for number in range(200)]  # ten days
-    for late in ([35], [60], [400], [35, 80, 900]):
-        at_ms = [*days[:50], *(day * DAY_MS for day in late), *days[50:]]
-        found = crowd(at_ms)
-        assert (found.newest_ms, found.strays, found.first) == (days[-1], len(late), (0, 52))
-        assert found.latest_ms == max(late) * DAY_MS
-        assert found.spared > 0
-
-
-def test_the_end_of_a_long_recording_is_no_stray() -> None:
-    """Half of it is too old either way; its last day is not given up for an older one with more clicks."""
-    even = [number * DAY_MS // 10 for number in range(600)]
-    fading = [round(60 * DAY_MS * (number / 1000) ** 2) for number in range(1000)]
-    for at_ms in (even, fading):
-        assert crowd(at_ms).strays == 0
+def test_a_long_recording_has_no_strays_nor_has_one_with_a_pause() -> None:
+    year = [number * DAY_MS // 10 for number in range(3650)]
+    fading = [round(365 * DAY_MS * (number / 1000) ** 2) for number in range(1000)]
+    pause = [number * DAY_MS // 10 + (200 * DAY_MS if number > 50 else 0) for number in range(1000)]
+    for at_ms in (year, fading, pause):
+        found = span(at_ms)
+        assert (found.oldest_ms, found.newest_ms, found.strays) == (at_ms[0], at_ms[-1], 0)
 
 
 @given(TIMES)
-def test_telling_apart_never_refuses_more_rows_and_needs_a_reason(at_ms: list[int]) -> None:
-    found = crowd(at_ms)
+def test_few_rows_are_strays_and_a_wide_gap_separates_them(at_ms: list[int]) -> None:
+    found = span(at_ms)
     timed = [at for at in at_ms if at != NO_TIME]
     if not timed:
-        assert found == Crowd(NO_TIME)
+        assert found == Span()
         return
-    newest_ms = max(timed)
-    assert found.latest_ms == newest_ms
-    assert found.strays == sum(at > found.newest_ms for at in timed)
-    assert refused(at_ms, found.newest_ms) <= refused(at_ms, newest_ms)
-    if newest_ms - min(timed) <= AGE_MS:
-        assert found.strays == 0
+    early, late = [at for at in timed if at < found.oldest_ms], [at for at in timed if at > found.newest_ms]
+    assert found.strays == len(early) + len(late) == found.is_stray(np.array(at_ms)).sum()
+    assert max(len(early), len(late)) <= len(timed) / 25
+    assert {found.oldest_ms, found.newest_ms} <= {*timed}
+    assert all(found.oldest_ms - at > AGE_MS for at in early)
+    assert all(at - found.newest_ms > AGE_MS for at in late)
+
+
+@given(TIMES, st.booleans())
+def test_the_parser_takes_recorded_times_but_not_those_of_strays(at_ms: list[int], is_long: bool) -> None:
+    """The times of a recording are 200 days, or 27 years and 200 days, after 1970."""
+    at_ms = [at if at == NO_TIME else at + 200 * DAY_MS + is_long * 10_000 * DAY_MS for at in at_ms]
+    columns = {name: [value] * len(at_ms) for name, value in CLICK.items()}
+    columns["time"] = [None if at == NO_TIME else at / 1000 for at in at_ms]
+    encoder = Encoder(DEFAULT, {}, LATEST)
+    encoded = encoder.encode(rows(**columns), 0)
+    assert encoded.at_ms.tolist() == at_ms
+    found = span(at_ms)
+    piece = Piece(encoded.keys, encoder.values(encoded, encoded.at_ms), found.kept_stamps(encoded.at_ms, LATEST))
+    refused = {row for row, at in enumerate(at_ms) if at == NO_TIME or not found.oldest_ms <= at <= found.newest_ms}
+    assert {*Judge(DEFAULT).judge(piece)} == refused
 
 
 @given(TIMES, st.data())
@@ -180,4 +192,4 @@ def test_rows_counted_in_pieces_are_those_counted_at_once(at_ms: list[int], data
     times, lines = RecordedTimes(), np.arange(2, 2 + len(at_ms))
     for part in (slice(cut), slice(cut, None)):
         times.add(np.array(at_ms[part], np.int64), 0, lines[part])
-    assert times.crowd(AGE_MS) == crowd(at_ms)
+    assert times.span(AGE_MS) == span(at_ms)
