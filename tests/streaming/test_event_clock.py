@@ -154,8 +154,9 @@ def follow(clock: EventClock, first: int, users: list[int], at_ms: int, now_ms: 
         at_ms=np.full(count, at_ms),
         source=np.zeros(count, np.uint16),
         offset=np.arange(first, first + count),
+        ranges=(Range(SOURCE, first, first + count, count),),
     )
-    return clock.follow(clicks, [Range(SOURCE, first, first + count, count)], now_ms).off
+    return clock.follow(clicks, clicks.ranges, now_ms).off
 
 
 @pytest.mark.parametrize("batch", [1000, 100])
