@@ -103,6 +103,37 @@ REFUSED = {
     Reason.CORRUPT_RECORD: "Kafka's record batch fails its checksum or cannot be read. Each of its offsets is one dead letter.",
 }
 
+DEAD_LETTER_TOPIC = """\
+A dead letter is a record of `kafka.dead_letters_topic`, which has one partition:
+
+| part | content |
+|---|---|
+| key | position of the refused record: `TOPIC_ID:PARTITION:OFFSET`. Its topic is that of the clicks or of attributes |
+| value | empty, not null. The refused record stays in its topic |
+| headers | `reason`, `topic_id`, `partition`, `offset`, as text |
+
+The refused record's own key and value are not copied, because they contain a user's id.
+
+**Delivery.** Each dead letter is written at least once, and always with the same key:
+
+| writer | a dead letter occurs more than once |
+|---|---|
+| local runner, clicks | if a crash or an outage of Kafka hides whether its transaction ended. A clean stop repeats nothing |
+| Flink or another distributed runner, clicks | if the job resumes from a checkpoint: what was written since then is written again |
+| attributes, each runner | if the process dies between the dead letter and its progress |
+
+A reader that takes each key once has each dead letter once. Read with `isolation.level=read_committed`. Release 0.1.0 wrote no keys: build the key from the headers `topic_id`, `partition` and `offset`. No part of Springtide reads the topic; `springtide status` counts refused records by their positions, each once.
+
+**Compaction.** The topic is created with `retention.ms` of `kafka.retention_h`, and without compaction. Every key is new, except after a restart, so compaction saves little space and `compact` alone would keep dead letters forever. If your readers cannot remember keys, add compaction to the retention:
+
+```
+kafka-configs.sh --bootstrap-server HOST:PORT --alter --entity-type topics --entity-name springtide.clicks.v1.dlq \\
+  --add-config 'cleanup.policy=[compact,delete]'
+```
+
+Compaction removes repeated dead letters later, not at once, and never in the open segment. It also removes records without a key, those of 0.1.0.
+""".splitlines()
+
 
 def alerts() -> str:
     """Returns the page of all alerts, the worst severity first."""
