@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry
 
 from deploy.serving.answers.item_index import ItemSources
-from deploy.serving.answers.items import MOST_CANDIDATES, recommend
+from deploy.serving.answers.items import MOST_CANDIDATES, ranked, recommend
 from deploy.serving.answers.predictor import Predictor, Stores
 from deploy.serving.answers.query import EXCLUSIONS, Exclusion, Query, WantedItems
 from deploy.serving.answers.queue import finished
@@ -41,7 +41,7 @@ from evaluation.baselines import (
     item_baselines,
 )
 from evaluation.measures import OURS
-from springtide_client.answers import Recommendations
+from springtide_client.answers import Reason
 from state.attributes.values import AttributeStore
 from state.compiled import mixed
 from state.config.settings import Settings
@@ -124,11 +124,14 @@ class ServingHost:
 
     def recommend(
         self, user: int, at_ms: int, wanted: WantedItems, context: Mapping[str, str] = MappingProxyType({})
-    ) -> Recommendations:
-        """Returns a worker's answer to `/v1/recommendations` for a pseudonym at a time."""
+    ) -> list[tuple[int, Reason]]:
+        """Returns the items and reasons of a worker's answer to `/v1/recommendations` for a pseudonym at a time."""
         query = Query(str(user), context=context, at_ms=at_ms)
         wanted = wanted._replace(per_category=self._per_category)
-        return finished(recommend(self.predictor, self.sources, query, wanted, self._impressions))
+        about = self.predictor, self.sources, query, wanted, self._impressions
+        if (items := ranked(*about)) is not None:
+            return items
+        return [(int(item.id, 16), item.reason) for item in finished(recommend(*about)).items]
 
     def ranks_without(self, item: int, most: int) -> dict[str, int]:
         """By source the rank of an item, from 0, had the latest recommendation lacked this source of candidates.
@@ -341,9 +344,8 @@ class ProgressiveValidation:
         past = self._past.get(request.user, UserPast())
         seen = request.item in past.seen
         wanted = WantedItems(MOST_CANDIDATES)
-        candidates = self._host.recommend(request.user, request.at_ms, wanted, request.context).items
-        self.lists.candidates.update(candidate.reason for candidate in candidates)
-        proposed = {int(candidate.id, 16): str(candidate.reason) for candidate in candidates}
+        proposed = dict(self._host.recommend(request.user, request.at_ms, wanted, request.context))
+        self.lists.candidates.update(proposed.values())
         ranking = self._trainer.item_ranking
         without = self._host.ranks_without(request.item, SHOWN) if ranking is not None and ranking.served() else {}
         ranks, hit = self._ranks(request, past, frozenset(), self.lists)
@@ -370,9 +372,9 @@ class ProgressiveValidation:
     ) -> tuple[dict[str, int], str]:
         assert self._host is not None
         wanted = WantedItems(SHOWN, None, exclude)
-        answer = self._host.recommend(request.user, request.at_ms, wanted, request.context).items
-        lists.listed.update(item.reason for item in answer)
-        proposals = {OURS: [int(item.id, 16) for item in answer]}
+        answer = self._host.recommend(request.user, request.at_ms, wanted, request.context)
+        lists.listed.update(reason for _, reason in answer)
+        proposals = {OURS: [item for item, _ in answer]}
         for baseline in self._item_baselines:
             proposed = baseline.propose(past)
             if exclude:
@@ -382,7 +384,7 @@ class ProgressiveValidation:
         for name, items in proposals.items():
             lists.items.setdefault(name, set()).update(items)
             ranks[name] = items.index(request.item) if request.item in items else ABSENT
-        return ranks, answer[ranks[OURS]].reason if ranks[OURS] >= 0 else ""
+        return ranks, answer[ranks[OURS]][1] if ranks[OURS] >= 0 else ""
 
     def _judge(self, batch: MicroBatch, report: Report) -> None:
         order = report.order

@@ -25,7 +25,7 @@ from state.errors import SettingsError
 from state.events.parser import EventBatch
 from state.features.spec import FeatureSpec
 from state.microbatch.batch import MicroBatch, happened
-from state.process.log_lines import ProgressLine, bar
+from state.process.log_lines import Pace, ProgressLine, bar
 from state.process.part import quiet_stderr
 from state.recordings.rows import shown_reasons
 from streaming.preprocessing import SAMPLE_ROWS, analysed, load_preprocessing
@@ -152,14 +152,15 @@ def learn_all(
     stopped: threading.Event,
 ) -> tuple[int, float]:
     """Predicts and learns all records, or those before `stopped`; returns their number of events and the time in s."""
-    began_s, done = time.monotonic(), 0
+    began_s, done, pace = time.monotonic(), 0, Pace(events)
 
     def line() -> str:
-        return progress_line(done, events, time.monotonic() - began_s)
+        return progress_line(done, events, time.monotonic() - began_s, pace.rate())
 
     for batch in batches:
         validation.take(batch)
         done += int(happened(batch.kind).sum())
+        pace.add(done, time.monotonic())
         progress.show(line)
         if stopped.is_set():
             progress.say(f"stopped: the figures are those of the first {done:,} events")
@@ -177,15 +178,15 @@ def open_host(
         return ServingHost(settings, spec, SALT, build(trainer.ranker()), store)
 
 
-def progress_line(done: int, total: int, took_s: float) -> str:
-    """The progress as one line.
+def progress_line(done: int, total: int, took_s: float, rate: float | None) -> str:
+    """The progress as one line. `rate` is in events per second, None while it is unknown.
 
-    >>> progress_line(500, 2000, 0.1)
-    '[#####---------------]  25 %  500 of 2,000 events  5,000 events/s  0 s left'
+    >>> progress_line(500, 2000, 0.1, 5000.0), progress_line(12, 2000, 70.0, None)
+    ('[#####---------------]  25 %  500 of 2,000 events  5,000 events/s  0 s left', '[--------------------]   0 %  12 of 2,000 events')
     """
-    rate = done / max(took_s, 1e-9)
-    left = f"  {(total - done) / rate:,.0f} s left" if done < total and rate else f"  {took_s:,.0f} s"
-    return f"{bar(done, total, BAR)}  {done:,} of {total:,} events  {rate:,.0f} events/s{left}"
+    speed = "" if rate is None else f"  {rate:,.0f} events/s"
+    time_left = f"  {(total - done) / rate:,.0f} s left" if rate else ""
+    return f"{bar(done, total, BAR)}  {done:,} of {total:,} events{speed}{time_left if done < total else f'  {took_s:,.0f} s'}"
 
 
 def result(

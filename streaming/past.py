@@ -31,6 +31,7 @@ from state.metrics import StreamMetrics
 from state.microbatch.codec import END, framed
 from state.positions import Source
 from state.process.environment import wall_ms
+from state.process.log_lines import Pace
 from state.process.part import run_part
 from state.recordings.files import Recording, constants_of, find, refuse_beyond_memory
 from state.recordings.rows import I64, EncodedRows, Encoder, RecordedTimes, far_ms, joined, order
@@ -220,19 +221,18 @@ class PastRows:
 
 def logged(clicks: Batches, total: int | None, clock_s: Callable[[], float] = time.monotonic) -> Batches:
     """Passes batches on, and logs the progress from time to time; `total` is None if it is not known."""
-    positions_read = first = 0
-    began_s: float | None = None
-    reported_s = clock_s()
+    positions_read, pace, reported_s = 0, Pace(total), clock_s()
     for batches in clicks:
         yield batches
         positions_read, now_s = positions_read + sum(batch.next - batch.first for batch in batches), clock_s()
-        if began_s is None:
-            # The pace is measured after the first rows, which load the kernels.
-            began_s, first = now_s, positions_read
-        elif now_s - reported_s >= PROGRESS_S and positions_read > first:
-            reported_s, rate = now_s, (positions_read - first) / max(now_s - began_s, 1e-9)
-            time_left = "" if total is None else f", {max(0, total - positions_read) / rate:,.0f} s left"
-            logger.info("%s past clicks are read, %s/s%s", f"{positions_read:,}", f"{rate:,.0f}", time_left)
+        pace.add(positions_read, now_s)
+        if now_s - reported_s >= PROGRESS_S:
+            reported_s, rate = now_s, pace.rate()
+            speed = "" if rate is None else f", {rate:,.0f}/s"
+            time_left = (
+                "" if rate is None or total is None else f", {max(0, total - positions_read) / rate:,.0f} s left"
+            )
+            logger.info("%s past clicks are read%s%s", f"{positions_read:,}", speed, time_left)
 
 
 def run(settings: Settings, wanted: Past, log: Log, out: Callable[[bytes], object]) -> None:

@@ -5,6 +5,7 @@ A log line has version, partition and offset where they apply.
 
 from __future__ import annotations
 
+import bisect
 import json
 import logging
 import re
@@ -22,6 +23,8 @@ NOISY = ("kafka", "apache_beam", "absl", "tensorflow")
 _PLACE = re.compile(rf"\b({'|'.join(FIELDS)}) (\d+)\b")
 _CONVERSION = re.compile(r"%[-+ #0-9.]*[a-zA-Z]")
 MINUTE_S = 60.0
+SOUND_SHARE, SOUND_S = 0.02, 5.0
+"""A rate is sound once this share of all is done, and the measured part of it took so many seconds."""
 MOST_A_MINUTE = 20
 """Maximum number of lines of one event per minute; further lines are counted in one line."""
 MOST_EVENTS = 1000
@@ -226,6 +229,37 @@ def bar(done: int, total: int, width: int) -> str:
     """
     filled = width * done // max(total, 1)
     return f"[{'#' * filled}{'-' * (width - filled)}] {100 * done // max(total, 1):3d} %"
+
+
+class Pace:
+    """The rate of a long work, measured over the later half of what is done, so that its slow start does not count.
+
+    >>> pace = Pace(1000)
+    >>> for done, at_s in ((0, 0.0), (10, 90.0), (20, 91.0), (120, 101.0)):
+    ...     pace.add(done, at_s)
+    ...     print(pace.rate())
+    None
+    None
+    None
+    10.0
+    """
+
+    def __init__(self, total: int | None) -> None:
+        self._total = total
+        self._done, self._at_s = list[int](), list[float]()
+
+    def add(self, done: int, at_s: float) -> None:
+        """Adds how much is done at a time; neither ever falls."""
+        self._done.append(done)
+        self._at_s.append(at_s)
+
+    def rate(self) -> float | None:
+        """How much is done per second; None until `SOUND_SHARE` of all is done, and the later half took `SOUND_S`."""
+        if not self._done or (self._total is not None and self._done[-1] < SOUND_SHARE * self._total):
+            return None
+        middle = bisect.bisect_right(self._done, self._done[-1] / 2) - 1
+        done, took_s = self._done[-1] - self._done[middle], self._at_s[-1] - self._at_s[middle]
+        return done / took_s if middle >= 0 and done and took_s >= SOUND_S else None
 
 
 class ProgressLine:

@@ -398,12 +398,7 @@ def recommend(
         clicks = clicks_in(events, impressions)
         excluded = excluded_items(events, clicks, wanted.exclude)
         if prepared.version.item_weights is not None:
-            category = None if wanted.category is None else public_id(wanted.category)
-            kind = UNSEEN if "clicked" in wanted.exclude else ALL
-            order = scored(prepared, outputs, clicks, category, kind, sources.work)
-            if len(excluded):
-                order = order[~np.isin(sources.work.items[order], excluded)]
-            chosen = _chosen(predictor, order, sources.work, wanted)
+            chosen = _best(predictor, prepared, outputs, clicks, excluded, sources.work, wanted)
             yield
             predictor.load_version(reader)
             if len(chosen) == wanted.most or wanted.category is None:
@@ -450,6 +445,26 @@ def recommend(
     return about_same(Recommendations, answer, items=items)
 
 
+def ranked(
+    predictor: Predictor, sources: ItemSources, query: Query, wanted: WantedItems, impressions: Sequence[int] = ()
+) -> list[tuple[int, Reason]] | None:
+    """Returns the ids and reasons of the items that `recommend` answers, in the same order, without their probabilities.
+
+    The program runs once, and not again for each category. `query` and `impressions` are as for `recommend`, and
+    `wanted` has no category. Returns None if the version has no weights of the item score.
+    """
+    with predictor.reading() as reader:
+        prepared = predictor.prepare([query], reader)
+        if prepared.version.item_weights is None:
+            return None
+        outputs = prepared.version.predict(prepared.inputs)
+        events = predictor.events_by(prepared.asked[0], prepared.mask)
+        clicks = clicks_in(events, impressions)
+        excluded = excluded_items(events, clicks, wanted.exclude)
+        chosen = _best(predictor, prepared, outputs, clicks, excluded, sources.work, wanted)
+    return [(item.item, item.reason) for item in chosen]
+
+
 def clicks_in(events: Events, impressions: Sequence[int]) -> Events:
     """Returns the events that the trainer counts as clicks: not labelled as something else, and no impressions."""
     flags = events["flags"]
@@ -479,6 +494,23 @@ class _Chosen(NamedTuple):
     category: int
     name: ShownName
     reason: Reason
+
+
+def _best(
+    predictor: Predictor,
+    prepared: Prepared,
+    outputs: Mapping[str, F32],
+    clicks: Events,
+    excluded: U64,
+    work: Workspace,
+    wanted: WantedItems,
+) -> list[_Chosen]:
+    """Chooses the items with the best scores, by a version with weights of the item score, without the `excluded`."""
+    category = None if wanted.category is None else public_id(wanted.category)
+    order = scored(prepared, outputs, clicks, category, UNSEEN if "clicked" in wanted.exclude else ALL, work)
+    if len(excluded):
+        order = order[~np.isin(work.items[order], excluded)]
+    return _chosen(predictor, order, work, wanted)
 
 
 def _chosen(predictor: Predictor, order: NDArray[np.intp], work: Workspace, wanted: WantedItems) -> list[_Chosen]:
