@@ -79,17 +79,6 @@ SEVERITIES = {
     "info": "For the record.",
 }
 
-DEAD_LETTER_TOPIC = (
-    "Each record's key is the position of the refused record, `TOPIC_ID:PARTITION:OFFSET`. Its value is empty, because "
-    "the refused record stays in its topic. The headers are `reason`, `topic_id`, `partition` and `offset`.",
-    "",
-    "A dead letter is written at least once. The local runner writes it again only after a crash between writing and "
-    "committing, Flink after a restart from a checkpoint. It has the same key then, so a reader that takes each key once has each "
-    "dead letter once. You may set `cleanup.policy` to `compact,delete`; then the topic keeps one record of each key. The "
-    "default is `delete`. Records of 0.1.0 have no key, and compaction drops them.",
-)
-"""About the topic of dead letters."""
-
 REFUSED = {
     Reason.UNDECODABLE: "The decoder cannot read it: with the default decoder, it is not JSON.",
     Reason.MISSING_FIELD: "A field that `[events]` names is absent or null.",

@@ -279,8 +279,9 @@ class Span:
 
     def is_stray(self, at_ms: I64) -> npt.NDArray[np.bool_]:
         """Which of n times, `[n]` int64, are those of strays, `[n]` bool; NO_TIME is none."""
-        outside: npt.NDArray[np.bool_] = (at_ms < self.oldest_ms) | (at_ms > self.newest_ms)
-        return outside & (at_ms != NO_TIME) & (self.newest_ms != NO_TIME)
+        outside = (at_ms < self.oldest_ms) | (at_ms > self.newest_ms)
+        stray: npt.NDArray[np.bool_] = outside & (at_ms != NO_TIME) & (self.newest_ms != NO_TIME)
+        return stray
 
     def kept_stamps(self, at_ms: I64, now_ms: int) -> I64:
         """Kafka timestamps, `[n]` int64, with which the parser accepts recorded times, `[n]` int64, but not of strays.

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from deploy.serving.answers.items import SIMILAR_CANDIDATES, rank, similar
+from deploy.serving.answers.items import SIMILAR_CANDIDATES, rank, recommend, similar
 from deploy.serving.answers.query import Cap, NamedItem, Query, WantedItems
 from deploy.serving.answers.queue import finished
 from deploy.serving.host_files import MOST_ITEMS
@@ -49,7 +49,9 @@ class Bench(ServingHost):
     """A serving host that also finds similar items and ranks."""
 
     def recommended(self, user: int, wanted: WantedItems = USUAL) -> Recommendations:
-        return self.recommend(user, wall_ms(), wanted)
+        """A worker's whole answer as of now, with probabilities."""
+        query = Query(str(user), at_ms=wall_ms())
+        return finished(recommend(self.predictor, self.sources, query, wanted, self._impressions))
 
     def near(self, user: int) -> SimilarItems:
         """Similar items as of now."""

@@ -175,10 +175,10 @@ def test_few_rows_are_strays_and_a_wide_gap_separates_them(at_ms: list[int]) -> 
 def test_the_parser_takes_recorded_times_but_not_those_of_strays(at_ms: list[int], is_long: bool) -> None:
     """The times of a recording are 200 days, or 27 years and 200 days, after 1970."""
     at_ms = [at if at == NO_TIME else at + 200 * DAY_MS + is_long * 10_000 * DAY_MS for at in at_ms]
-    columns = {name: [value] * len(at_ms) for name, value in CLICK.items()}
+    columns: dict[str, list[Any]] = {name: [value] * len(at_ms) for name, value in CLICK.items()}
     columns["time"] = [None if at == NO_TIME else at / 1000 for at in at_ms]
     encoder = Encoder(DEFAULT, {}, LATEST)
-    encoded = encoder.encode(rows(**columns), 0)
+    encoded = encoder.encode(rows(columns), 0)
     assert encoded.at_ms.tolist() == at_ms
     found = span(at_ms)
     piece = Piece(encoded.keys, encoder.values(encoded, encoded.at_ms), found.kept_stamps(encoded.at_ms, LATEST))
