@@ -7,13 +7,12 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import pytest
 
 from state.config.sections import LogSettings
-from state.process.log_lines import CLEAR, TERMINAL_EVERY_S, Lines, ProgressLine, event_of
+from state.process.log_lines import CLEAR, TERMINAL_EVERY_S, Lines, Pace, ProgressLine, event_of
 from state.process.part import own_stderr, quiet_stderr, quiet_tensorflow
 
 
@@ -160,17 +159,11 @@ class Clock:
 
 @pytest.mark.parametrize(("out", "every_s"), [(Terminal(), TERMINAL_EVERY_S), (io.StringIO(), 5.0)])
 def test_lines_come_no_more_often_than_is_readable(out: io.StringIO, every_s: float) -> None:
-    clock = Clock()
-    made: list[int] = []
-
-    def made_at(step: int) -> str:
-        made.append(step)
-        return f"step {step}"
-
+    clock, made = Clock(), []
     line = ProgressLine(out, 5.0, clock)
     for step in range(5):
         clock.now_s = step * every_s / 2
-        line.show(partial(made_at, step))
+        line.show(lambda step=step: made.append(step) or f"step {step}")
     assert made == [2, 4]
 
 
@@ -193,3 +186,34 @@ def test_a_file_gets_whole_lines() -> None:
     line.say("a word")
     assert out.getvalue() == "half\na word\n"
     assert line.took_s == 6.0
+
+
+@pytest.mark.parametrize("start_s", [0.0, 70.0, 1000.0])
+def test_a_rate_comes_after_a_few_per_cent_and_a_slow_start_is_no_part_of_it(start_s: float) -> None:
+    """A thousand events take a second; before the second record of twelve events, programs are compiled."""
+    pace, total, rates = Pace(total=150_000), 150_000, dict[int, float | None]()
+    for done in range(0, total + 1, 12):
+        pace.add(done, done / 1000 + (start_s if done > 12 else 0.0))
+        rates[done] = pace.rate()
+    assert {rate for done, rate in rates.items() if done < 3_000} == {None}
+    known = {done: rate for done, rate in rates.items() if rate is not None}
+    assert 5_000 < min(known) < 11_000
+    assert {*known} == {done for done in rates if done >= min(known)}
+    assert [*known.values()] == pytest.approx([1000.0] * len(known))
+
+
+def test_a_rate_follows_a_change() -> None:
+    pace = Pace(total=None)
+    for second in range(100):
+        pace.add(1000 * second, second)
+    for second in range(1, 201):
+        pace.add(99_000 + 500 * second, 99 + second)
+    assert pace.rate() == pytest.approx(500.0, rel=0.01)
+
+
+def test_work_of_which_nothing_is_done_has_no_rate() -> None:
+    pace = Pace(total=0)
+    assert pace.rate() is None
+    pace.add(0, 100.0)
+    pace.add(0, 200.0)
+    assert pace.rate() is None

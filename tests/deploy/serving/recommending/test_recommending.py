@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from deploy.serving.answers.item_index import ItemSources
-from deploy.serving.answers.items import recommend, similar, visits_of
+from deploy.serving.answers.items import ranked, recommend, similar, visits_of
 from deploy.serving.answers.query import EXCLUSIONS, Exclusion, Query, WantedItems
 from deploy.serving.answers.queue import finished
+from deploy.serving.answers.version import LoadedVersion
 from deploy.serving.following.clicks import Remembered
 from state.config.settings import Settings
 from state.events.identity import public_id, user_id
@@ -258,6 +259,23 @@ def test_each_item_has_its_reason_and_what_was_seen_can_be_left_out(stores: Stor
     assert len(listed) == 4 and max(map(listed.count, listed)) == 2
 
 
+def test_ranked_items_are_those_of_the_answer_and_take_one_run_of_the_program_for_all_categories(
+    stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve(stores, learned(stores), first_weights())
+    runs, run = list[int](), LoadedVersion.predict
+    monkeypatch.setattr(LoadedVersion, "predict", lambda self, inputs: runs.append(1) or run(self, inputs))
+    sources = ItemSources(stores.histories, stores.rows)
+    for wanted in (WantedItems(100), WantedItems(100, exclude=BOTH), WantedItems(4, per_category=2)):
+        about = predictor(stores), sources, Query("ann", at_ms=NOW_MS), wanted, [SHOW]
+        answer = finished(recommend(*about)).items
+        assert len({one.category for one in answer}) > 1
+        runs.clear()
+        found = ranked(*about)
+        assert len(runs) == 1
+        assert found == [(int(one.id, 16), one.reason) for one in answer]
+
+
 def test_impressions_without_a_click_are_not_own_items(stores: Stores) -> None:
     serve(stores, learned(stores), first_weights())
     ann = np.array([user_id(SALT, "ann")], np.uint64)
@@ -318,3 +336,5 @@ def test_a_version_without_weights_is_ranked_as_before(stores: Stores) -> None:
     ranking = learned(stores)
     serve(stores, ranking, first_weights()[ALL])
     assert {one.reason for one in recommended_items(stores, "ann", WantedItems(20))} >= {"again"}
+    sources = ItemSources(stores.histories, stores.rows)
+    assert ranked(predictor(stores), sources, Query("ann", at_ms=NOW_MS), WantedItems(20)) is None
