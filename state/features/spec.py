@@ -17,9 +17,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +68,8 @@ POSITIVE = 2  # bit of `flags`: the label is at least 0.5
 CODE = 2  # increment it when the same events give other integers
 
 Events = NDArray[Any]
+# As instances, because NumPy takes them in half the time of a class.
+_I64, _U64, _U16 = np.dtype(np.int64), np.dtype(np.uint64), np.dtype(np.uint16)
 
 
 def _span(seconds: int) -> str:
@@ -198,13 +200,13 @@ class FeatureSpec:
         """Empty arrays for `rows` rows, for a kernel to fill."""
         recent, events = (rows, self.recent_categories), (rows, self.sequence)
         return Vector(
-            features=np.empty((rows, len(self.names)), np.uint16),
-            recent_categories=np.empty(recent, np.uint64),
-            category_windows=np.empty((*recent, len(self.window_names)), np.uint16),
-            sequence_items=np.empty(events, np.uint64),
-            sequence_categories=np.empty(events, np.uint64),
-            sequence_actions=np.empty(events, np.uint16),
-            sequence_ages=np.empty(events, np.uint16),
+            features=np.empty((rows, len(self.names)), _U16),
+            recent_categories=np.empty(recent, _U64),
+            category_windows=np.empty((*recent, len(self.window_names)), _U16),
+            sequence_items=np.empty(events, _U64),
+            sequence_categories=np.empty(events, _U64),
+            sequence_actions=np.empty(events, _U16),
+            sequence_ages=np.empty(events, _U16),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -255,18 +257,28 @@ def vectorise_many(
 
     Each history is `[m]` EVENT in append order, of which only the last N events count. `users` are for masks that name some.
     """
-    # Imported here: using only a spec, its digest or names needs no compiler, which takes a second to load.
-    from state.features.kernel import many_rows
-
     visible = [events[-spec.history :] for events in histories]
     if mask.users or mask.erased:
         visible = [_seen(events, user, mask, spec.history) for events, user in zip(histories, users, strict=True)]
-    starts = np.array([0, *accumulate(map(len, visible))], np.int64)
-    # As words, because concatenating structured arrays is slow.
-    joined = np.concatenate([words(events) for events in visible] or [words(np.empty(0, EVENT))])
+    if len(visible) == 1:
+        joined = words(visible[0])
+        starts = np.array([0, len(joined)], _I64)
+    else:
+        # As words, because concatenating structured arrays is slow.
+        joined = np.concatenate([words(events) for events in visible] or [words(np.empty(0, EVENT))])
+        starts = np.array([0, *accumulate(map(len, visible))], _I64)
     rows = spec.empty(len(visible))
-    many_rows(joined, starts, np.array(at_ms, np.int64), spec.tables, mask.hidden, rows)
+    _many_rows()(joined, starts, np.array(at_ms, _I64), tuple(spec.tables), tuple(mask.hidden), tuple(rows))
     return rows
+
+
+@cache
+def _many_rows() -> Callable[..., None]:
+    # Imported late: using only a spec, its digest or names needs no compiler, which takes a second to load. Cached,
+    # because an import statement takes as long as computing ten events.
+    from state.features.kernel import many_rows
+
+    return many_rows
 
 
 def _seen(events: Events, user: int, mask: Mask, history: int) -> Events:
