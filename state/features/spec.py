@@ -198,16 +198,20 @@ class FeatureSpec:
 
     def empty(self, rows: int) -> Vector:
         """Empty arrays for `rows` rows, for a kernel to fill."""
-        recent, events = (rows, self.recent_categories), (rows, self.sequence)
+        features, recent, windows, events = self._sizes
         return Vector(
-            features=np.empty((rows, len(self.names)), _U16),
-            recent_categories=np.empty(recent, _U64),
-            category_windows=np.empty((*recent, len(self.window_names)), _U16),
-            sequence_items=np.empty(events, _U64),
-            sequence_categories=np.empty(events, _U64),
-            sequence_actions=np.empty(events, _U16),
-            sequence_ages=np.empty(events, _U16),
+            np.empty((rows, features), _U16),
+            np.empty((rows, recent), _U64),
+            np.empty((rows, recent, windows), _U16),
+            np.empty((rows, events), _U64),
+            np.empty((rows, events), _U64),
+            np.empty((rows, events), _U16),
+            np.empty((rows, events), _U16),
         )
+
+    @cached_property
+    def _sizes(self) -> tuple[int, int, int, int]:
+        return len(self.names), self.recent_categories, len(self.window_names), self.sequence
 
     def to_json(self) -> dict[str, Any]:
         """The spec as JSON values, including the code version."""
