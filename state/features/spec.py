@@ -266,6 +266,9 @@ def vectorise_many(
         visible = [_seen(events, user, mask, spec.history) for events, user in zip(histories, users, strict=True)]
     if len(visible) == 1:
         joined = words(visible[0])
+        # A history from a store is read-only, for which the kernel would be compiled once more.
+        if not joined.flags.writeable:
+            joined = joined.copy()
         starts = np.array([0, len(joined)], _I64)
     else:
         # As words, because concatenating structured arrays is slow.
