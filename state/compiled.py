@@ -7,7 +7,9 @@ before the first call:
     def kernel(events: I64, ids: U64, at_ms: int, tables: Tables) -> None: ...
 
 Types are Numba's short names: `i8[:, ::1]` is a contiguous two-dimensional array of int64, and `const(...)` is a
-read-only array. A named tuple is named by its class, whose fields declare their types with `@layout`.
+read-only array. A named tuple is named by its class, whose fields declare their types with `@layout`. `plain(Tables)` is
+a plain tuple of the same fields. A kernel that is called for one row takes plain tuples: for each named tuple, Numba loads
+the class again at every call, which takes 1 us.
 `state.kernels` prepares all declared kernels of a process. A kernel that only kernels call declares nothing:
 it is compiled as a part of them.
 
@@ -312,8 +314,13 @@ def _const(array: Any) -> Any:
     return array.copy(readonly=True)
 
 
+def _plain(tuple_class: type) -> tuple[Any, ...]:
+    return _types_of(_LAYOUTS[tuple_class], vars(sys.modules[tuple_class.__module__]))
+
+
 _TYPE_NAMES: dict[str, Any] = {
     "const": _const,
+    "plain": _plain,
     "bool": numba.types.boolean,
     **{name: getattr(numba.types, name) for name in ("u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f4", "f8")},
 }
@@ -335,8 +342,7 @@ def _type_of(type_: Any) -> Any:
         return numba.types.BaseTuple.from_types([_type_of(member) for member in type_])
     if not isinstance(type_, type):
         return type_
-    names = vars(sys.modules[type_.__module__])
-    return numba.types.BaseTuple.from_types(_types_of(_LAYOUTS[type_], names), type_)
+    return numba.types.BaseTuple.from_types(_plain(type_), type_)
 
 
 def _stamp_of(kernel: Callable[..., object]) -> str:

@@ -126,4 +126,5 @@ class Vector(NamedTuple):
 
 def words(events: NDArray[Any]) -> I64:
     """Views `[n]` EVENT as the `[n, 5]` int64 that the kernels read."""
-    return np.ascontiguousarray(events).view(np.int64).reshape(-1, WORDS)
+    # Twice as fast as a view of another type, which NumPy checks field by field.
+    return np.ndarray((len(events), WORDS), np.int64, np.ascontiguousarray(events))

@@ -13,7 +13,7 @@ The stream calls it for whole batches on its arena of ring buffers; serving call
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -65,7 +65,7 @@ class Work(NamedTuple):
 
 @compiled
 def work_of(tables: Tables, hidden: Hidden) -> Work:
-    """Working memory for the rows of a spec under a mask."""
+    """Working memory for the rows of a spec under a mask. Only the hash tables start with zeros: a row sets the rest."""
     # At most a quarter full, because collisions cost more than memory.
     size = 64
     while size < 4 * tables.history:
@@ -75,18 +75,18 @@ def work_of(tables: Tables, hidden: Hidden) -> Work:
     return Work(
         tables,
         hidden,
-        np.zeros(tables.history, np.uint64),
+        np.empty(tables.history, np.uint64),
         np.zeros((size, 2), np.int64),
         np.zeros((size, 2), np.int64),
-        np.zeros((tables.history, width + lives + tables.actions + 1), np.int64),
-        np.zeros(tables.history, np.int64),
-        np.zeros((OF_ORDER, tables.history + 1), np.int64),
-        np.zeros((4 * (tables.actions + 1), width + lives), np.int64),
-        np.zeros((tables.actions + 2, width + lives), np.int64),
-        np.zeros((2, width), np.int64),
-        np.zeros((2, width), np.int64),
-        np.zeros(GAPS, np.int64),
-        np.zeros(tables.actions + 1, np.int64),
+        np.empty((tables.history, width + lives + tables.actions + 1), np.int64),
+        np.empty(tables.history, np.int64),
+        np.empty((OF_ORDER, tables.history + 1), np.int64),
+        np.empty((4 * (tables.actions + 1), width + lives), np.int64),
+        np.empty((tables.actions + 2, width + lives), np.int64),
+        np.empty((2, width), np.int64),
+        np.empty((2, width), np.int64),
+        np.empty(GAPS, np.int64),
+        np.empty(tables.actions + 1, np.int64),
     )
 
 
@@ -469,22 +469,24 @@ def _write_row(ring: I64, end: int, count: int, at_ms: int, work: Work, rows: Ve
     write_sequence(ring, at_ms, visible, work, rows, n)
 
 
-@compiled("i8[:, ::1], i8[::1], i8[::1], Tables, Hidden, Vector")
-def many_rows(events: I64, starts: I64, at_ms: I64, tables: Tables, hidden: Hidden, rows: Vector) -> None:
+@compiled("i8[:, ::1], i8[::1], i8[::1], plain(Tables), plain(Hidden), plain(Vector)")
+def many_rows(
+    events: I64, starts: I64, at_ms: I64, tables: tuple[Any, ...], hidden: tuple[Any, ...], rows: tuple[Any, ...]
+) -> None:
     """Writes the rows of n histories.
 
     Args:
         events: `[m, 5]` int64, the histories one after another, each at most N events in append order.
         starts: `[n + 1]` int64, the index at which each history begins, and the end of the last one.
         at_ms: `[n]` int64, the time of each row.
-        tables: The spec's constants.
-        hidden: The mask.
-        rows: The n rows, written by this function.
+        tables: The spec's constants, the fields of `Tables`.
+        hidden: The mask, the fields of `Hidden`.
+        rows: The n rows, written by this function, the fields of `Vector`.
     """
-    work = work_of(tables, hidden)
+    work, vector = work_of(Tables(*tables), Hidden(*hidden)), Vector(*rows)
     for n in range(at_ms.shape[0]):
         count = starts[n + 1] - starts[n]
-        _write_row(events[starts[n] : starts[n + 1]], count, count, at_ms[n], work, rows, n)
+        _write_row(events[starts[n] : starts[n + 1]], count, count, at_ms[n], work, vector, n)
 
 
 @compiled("Rings, i8[::1], i8[:, ::1], Tables, Hidden, Vector")

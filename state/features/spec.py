@@ -17,9 +17,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +68,8 @@ POSITIVE = 2  # bit of `flags`: the label is at least 0.5
 CODE = 2  # increment it when the same events give other integers
 
 Events = NDArray[Any]
+# As instances, because NumPy takes them in half the time of a class.
+_I64, _U64, _U16 = np.dtype(np.int64), np.dtype(np.uint64), np.dtype(np.uint16)
 
 
 def _span(seconds: int) -> str:
@@ -196,16 +198,20 @@ class FeatureSpec:
 
     def empty(self, rows: int) -> Vector:
         """Empty arrays for `rows` rows, for a kernel to fill."""
-        recent, events = (rows, self.recent_categories), (rows, self.sequence)
+        features, recent, windows, events = self._sizes
         return Vector(
-            features=np.empty((rows, len(self.names)), np.uint16),
-            recent_categories=np.empty(recent, np.uint64),
-            category_windows=np.empty((*recent, len(self.window_names)), np.uint16),
-            sequence_items=np.empty(events, np.uint64),
-            sequence_categories=np.empty(events, np.uint64),
-            sequence_actions=np.empty(events, np.uint16),
-            sequence_ages=np.empty(events, np.uint16),
+            np.empty((rows, features), _U16),
+            np.empty((rows, recent), _U64),
+            np.empty((rows, recent, windows), _U16),
+            np.empty((rows, events), _U64),
+            np.empty((rows, events), _U64),
+            np.empty((rows, events), _U16),
+            np.empty((rows, events), _U16),
         )
+
+    @cached_property
+    def _sizes(self) -> tuple[int, int, int, int]:
+        return len(self.names), self.recent_categories, len(self.window_names), self.sequence
 
     def to_json(self) -> dict[str, Any]:
         """The spec as JSON values, including the code version."""
@@ -255,18 +261,31 @@ def vectorise_many(
 
     Each history is `[m]` EVENT in append order, of which only the last N events count. `users` are for masks that name some.
     """
-    # Imported here: using only a spec, its digest or names needs no compiler, which takes a second to load.
-    from state.features.kernel import many_rows
-
     visible = [events[-spec.history :] for events in histories]
     if mask.users or mask.erased:
         visible = [_seen(events, user, mask, spec.history) for events, user in zip(histories, users, strict=True)]
-    starts = np.array([0, *accumulate(map(len, visible))], np.int64)
-    # As words, because concatenating structured arrays is slow.
-    joined = np.concatenate([words(events) for events in visible] or [words(np.empty(0, EVENT))])
+    if len(visible) == 1:
+        joined = words(visible[0])
+        # A history from a store is read-only, for which the kernel would be compiled once more.
+        if not joined.flags.writeable:
+            joined = joined.copy()
+        starts = np.array([0, len(joined)], _I64)
+    else:
+        # As words, because concatenating structured arrays is slow.
+        joined = np.concatenate([words(events) for events in visible] or [words(np.empty(0, EVENT))])
+        starts = np.array([0, *accumulate(map(len, visible))], _I64)
     rows = spec.empty(len(visible))
-    many_rows(joined, starts, np.array(at_ms, np.int64), spec.tables, mask.hidden, rows)
+    _many_rows()(joined, starts, np.array(at_ms, _I64), tuple(spec.tables), tuple(mask.hidden), tuple(rows))
     return rows
+
+
+@cache
+def _many_rows() -> Callable[..., None]:
+    # Imported late: using only a spec, its digest or names needs no compiler, which takes a second to load. Cached,
+    # because an import statement takes as long as computing ten events.
+    from state.features.kernel import many_rows
+
+    return many_rows
 
 
 def _seen(events: Events, user: int, mask: Mask, history: int) -> Events:
