@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -264,7 +265,12 @@ def test_ranked_items_are_those_of_the_answer_and_take_one_run_of_the_program_fo
 ) -> None:
     serve(stores, learned(stores), first_weights())
     runs, run = list[int](), LoadedVersion.predict
-    monkeypatch.setattr(LoadedVersion, "predict", lambda self, inputs: runs.append(1) or run(self, inputs))
+
+    def counted(self: LoadedVersion, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        runs.append(1)
+        return run(self, inputs)
+
+    monkeypatch.setattr(LoadedVersion, "predict", counted)
     sources = ItemSources(stores.histories, stores.rows)
     for wanted in (WantedItems(100), WantedItems(100, exclude=BOTH), WantedItems(4, per_category=2)):
         about = predictor(stores), sources, Query("ann", at_ms=NOW_MS), wanted, [SHOW]
