@@ -184,9 +184,12 @@ def progress_line(done: int, total: int, took_s: float, rate: float | None) -> s
     >>> progress_line(500, 2000, 0.1, 5000.0), progress_line(12, 2000, 70.0, None)
     ('[#####---------------]  25 %  500 of 2,000 events  5,000 events/s  0 s left', '[--------------------]   0 %  12 of 2,000 events')
     """
-    speed = "" if rate is None else f"  {rate:,.0f} events/s"
-    time_left = f"  {(total - done) / rate:,.0f} s left" if rate else ""
-    return f"{bar(done, total, BAR)}  {done:,} of {total:,} events{speed}{time_left if done < total else f'  {took_s:,.0f} s'}"
+    line = f"{bar(done, total, BAR)}  {done:,} of {total:,} events"
+    if rate is not None:
+        line += f"  {rate:,.0f} events/s"
+    if done >= total:
+        return f"{line}  {took_s:,.0f} s"
+    return line if rate is None else f"{line}  {(total - done) / rate:,.0f} s left"
 
 
 def result(

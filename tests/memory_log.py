@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -186,15 +186,8 @@ class MemoryLog(Log):
     def topics(self) -> MemoryTopics:
         return MemoryTopics(self)
 
-    def reader(
-        self,
-        topic: str,
-        partitions: Sequence[int] | None = None,
-        positions: Mapping[int, int] | None = None,
-        committed_only: bool = True,
-        leaders: Mapping[int, int] | None = None,
-    ) -> MemoryReader:
-        return MemoryReader(self, topic, partitions, positions, committed_only, leaders)
+    def reader(self, topic: str, *arguments: Any, **named: Any) -> MemoryReader:
+        return MemoryReader(self, topic, *arguments, **named)
 
     def writer(self, transactional_id: str | None = None) -> MemoryWriter:
         return MemoryWriter(self, transactional_id)

@@ -7,8 +7,8 @@
 4. Reserve the version numbers that the lost system may have used, so that a serving host that still has such versions
    never mixes them with new ones. Apply known erasures made after the backup again. A new control generation records
    who restored what.
-5. Write the salt, and move the files to their final paths: histories first, control last. A crash before this step leaves only
-   `restoring/`. A crash during it leaves a directory that the next restore refuses; empty it first.
+5. Write the salt, and move the files to their final paths: histories first, control last. A crash before this step
+   leaves only `restoring/`. A crash during it leaves a directory that the next restore refuses; empty it first.
 
 Afterwards the system starts as after a crash: stream, trainer and serving continue in Kafka from the positions in the
 backup.

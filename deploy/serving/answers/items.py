@@ -61,6 +61,7 @@ from state.ranking.item_scores import (
     gather,
     score,
 )
+from state.rows.reader import RowReader
 
 F32 = NDArray[np.float32]
 I32 = NDArray[np.int32]
@@ -391,14 +392,9 @@ def recommend(
     """
     with predictor.reading() as reader:
         # 1.
-        prepared = predictor.prepare([query], reader)
-        outputs = prepared.version.predict(prepared.inputs)
+        prepared, outputs, clicks, excluded, chosen = _best(predictor, sources, reader, query, wanted, impressions)
         question = prepared.asked[0]
-        events = predictor.events_by(question, prepared.mask)
-        clicks = clicks_in(events, impressions)
-        excluded = excluded_items(events, clicks, wanted.exclude)
-        if prepared.version.item_weights is not None:
-            chosen = _best(predictor, prepared, outputs, clicks, excluded, sources.work, wanted)
+        if chosen is not None:
             yield
             predictor.load_version(reader)
             if len(chosen) == wanted.most or wanted.category is None:
@@ -454,15 +450,8 @@ def ranked(
     `wanted` has no category. Returns None if the version has no weights of the item score.
     """
     with predictor.reading() as reader:
-        prepared = predictor.prepare([query], reader)
-        if prepared.version.item_weights is None:
-            return None
-        outputs = prepared.version.predict(prepared.inputs)
-        events = predictor.events_by(prepared.asked[0], prepared.mask)
-        clicks = clicks_in(events, impressions)
-        excluded = excluded_items(events, clicks, wanted.exclude)
-        chosen = _best(predictor, prepared, outputs, clicks, excluded, sources.work, wanted)
-    return [(item.item, item.reason) for item in chosen]
+        chosen = _best(predictor, sources, reader, query, wanted, impressions).chosen
+    return None if chosen is None else [(item.item, item.reason) for item in chosen]
 
 
 def clicks_in(events: Events, impressions: Sequence[int]) -> Events:
@@ -496,21 +485,44 @@ class _Chosen(NamedTuple):
     reason: Reason
 
 
+class _Best(NamedTuple):
+    """The best items for a user, and what they were chosen from.
+
+    Attributes:
+        prepared: The user's inputs.
+        outputs: Of the program.
+        clicks: The user's clicks.
+        excluded: `[n]` uint64, the items that may not be chosen.
+        chosen: Best first; None by a version without weights of the item score.
+    """
+
+    prepared: Prepared
+    outputs: Mapping[str, F32]
+    clicks: Events
+    excluded: U64
+    chosen: list[_Chosen] | None
+
+
 def _best(
     predictor: Predictor,
-    prepared: Prepared,
-    outputs: Mapping[str, F32],
-    clicks: Events,
-    excluded: U64,
-    work: Workspace,
+    sources: ItemSources,
+    reader: RowReader,
+    query: Query,
     wanted: WantedItems,
-) -> list[_Chosen]:
-    """Chooses the items with the best scores, by a version with weights of the item score, without the `excluded`."""
-    category = None if wanted.category is None else public_id(wanted.category)
-    order = scored(prepared, outputs, clicks, category, UNSEEN if "clicked" in wanted.exclude else ALL, work)
-    if len(excluded):
-        order = order[~np.isin(work.items[order], excluded)]
-    return _chosen(predictor, order, work, wanted)
+    impressions: Sequence[int],
+) -> _Best:
+    prepared, work, chosen = predictor.prepare([query], reader), sources.work, None
+    outputs = prepared.version.predict(prepared.inputs)
+    events = predictor.events_by(prepared.asked[0], prepared.mask)
+    clicks = clicks_in(events, impressions)
+    excluded = excluded_items(events, clicks, wanted.exclude)
+    if prepared.version.item_weights is not None:
+        category = None if wanted.category is None else public_id(wanted.category)
+        order = scored(prepared, outputs, clicks, category, UNSEEN if "clicked" in wanted.exclude else ALL, work)
+        if len(excluded):
+            order = order[~np.isin(work.items[order], excluded)]
+        chosen = _chosen(predictor, order, work, wanted)
+    return _Best(prepared, outputs, clicks, excluded, chosen)
 
 
 def _chosen(predictor: Predictor, order: NDArray[np.intp], work: Workspace, wanted: WantedItems) -> list[_Chosen]:
